@@ -1,0 +1,60 @@
+/* plan.h - which ranks hold which expert, layer by layer: replicas from the first day.
+ *
+ * Numbers only: no network, no device. A plan is made for one model shape (experts, MoE layers) and one number of ranks. The first
+ * rank of an expert is its home, further ones are replicas. The JSON form is described in placement/README.md. */
+#ifndef CONVOKE_PLACEMENT_PLAN_H
+#define CONVOKE_PLACEMENT_PLAN_H
+
+#include "proto/status.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+typedef struct {
+    int n_ranks, n_experts, n_layers; /* n_layers counts MoE layers only */
+    int *layer_numbers;               /* [n_layers] the model's own layer numbers, rising */
+    int *node_of_rank;                /* [n_ranks] */
+    int *first_copy;                  /* [n_layers * n_experts + 1] */
+    int *copy_ranks;                  /* ranks of (layer index l, expert e): copy_ranks[first_copy[l*n_experts+e] .. first_copy[.. + 1]) */
+    char name[64];                    /* "contiguous", or the file's "name"/file name */
+    long long epoch;                  /* 0 unless the file says otherwise */
+} plan;
+
+/* What a plan must fit. layer_numbers may be NULL: any. */
+typedef struct {
+    int n_ranks, n_experts, n_layers;
+    const int *layer_numbers;
+    const char *model_name; /* compared with the plan's "model" where both are there */
+} plan_shape;
+
+/* Expert e of every layer on rank e * n_ranks / n_experts: equal blocks, sizes differ by at most one; ranks may stay empty.
+ * node_of_rank NULL: all on node 0. */
+status plan_contiguous(const plan_shape *shape, const int *node_of_rank, plan *out);
+/* Reads a file; refuses a missing expert, a rank out of range, an expert twice on one rank, wrong counts, an unknown version, a
+ * plan for another model: the sentence names layer and expert. */
+status plan_read(const char *path, const plan_shape *shape, plan *out);
+status plan_parse(const char *where, const char *text, size_t size, const plan_shape *shape, plan *out);
+status plan_write(const plan *p, const char *model_name, const char *path);
+void plan_clear(plan *p); /* a zeroed one is fine */
+
+static inline int plan_n_copies(const plan *p, int layer, int expert)
+{
+    const int *at = p->first_copy + (size_t)layer * (size_t)p->n_experts + (size_t)expert;
+    return at[1] - at[0];
+}
+static inline const int *plan_copies(const plan *p, int layer, int expert)
+{
+    return p->copy_ranks + p->first_copy[(size_t)layer * (size_t)p->n_experts + (size_t)expert];
+}
+bool plan_holds(const plan *p, int layer, int expert, int rank);
+
+typedef enum {
+    REPLICA_OWNER_FIRST, /* the owner's own copy, else one on its node, else round-robin over all; round-robin among equals */
+    REPLICA_ROUND_ROBIN, /* over all copies */
+} replica_choice;
+
+/* The rank that computes (layer, expert) for a row owned by `owner`; `turn` advances the round (the row's running number). Pure. */
+int plan_choose(const plan *p, replica_choice choice, int layer, int expert, int owner, uint32_t turn);
+
+#endif

@@ -1,0 +1,81 @@
+/* exchange.h - moves token rows to the ranks that hold their experts, and the results home: one table, several ways.
+ *
+ *   owner                                   ranks that compute
+ *   rows written in place, exchange_send ─► exchange_wait; packets and rows are read where they lie
+ *                                           results are written in place, exchange_return ─┐
+ *   exchange_wait_results, _combine    ◄───────────────────────────────────────────────────┘
+ *
+ * Inside a node nothing is copied on the way: rows lie in the owner's shared window and the computing rank reads them there;
+ * results lie in the computing rank's window and the owner reads them there. Between nodes a row crosses once per node, to the
+ * rank there with the owner's local index (modulo that node's size), which receives it into its own window where the others of
+ * that node read it; results are summed on the node (exact: collected) and cross back once.
+ *
+ * Every rank takes part in every layer, rows or no rows: skipping one would leave its peers waiting. Functions marked [all] must
+ * be entered by every rank in the same order. One thread calls, except where said. */
+#ifndef CONVOKE_ROUTER_EXCHANGE_H
+#define CONVOKE_ROUTER_EXCHANGE_H
+
+#include "router/combine.h"
+#include "router/group.h"
+#include "router/packet.h"
+
+typedef enum { ROWS_F32, ROWS_BF16 } row_format;
+
+typedef struct {
+    int hidden;    /* floats per row */
+    int top_k;     /* routes per row */
+    int max_rows;  /* rows one rank may own in one step */
+    int n_threads; /* computing threads of this rank (one spill list each) */
+    combine_mode combine;
+    row_format rows;
+} exchange_shape;
+
+/* Rows that one source wants computed here. */
+typedef struct {
+    packet packet;
+    const void *rows;     /* row r of the source: rows + r * row_bytes; fp32 or bf16 as the shape says */
+    size_t row_bytes;     /* distance between rows */
+    /* Where the results go: exact: float [n_entries][hidden] in entry order, all of it must be stored;
+     * fixed: int32 [n_rows][hidden]; fast: float [n_rows][hidden], in packet row order; zeroed by the one who computes. */
+    void *results;
+} exchange_incoming;
+
+typedef struct {
+    const unsigned long long *rows_to_rank; /* [group size] rows sent to each rank since start, own rank included */
+    unsigned long long bytes_same_rank, bytes_same_node, bytes_cross_node; /* row bytes out, dispatch */
+    unsigned long long return_bytes_same_node, return_bytes_cross_node;    /* result bytes sent home, combine */
+    unsigned long long header_bytes;      /* packets and counts */
+    unsigned long long spills, spilled_rows, combined_rows; /* fixed: elements out of range, rows having any, rows in all */
+    double wait_seconds;                  /* in exchange_wait and _wait_results */
+} exchange_stats;
+
+typedef struct exchange exchange;
+
+/* [all] Picks exchange_self for one rank, exchange_mpi otherwise; sizes all buffers. Fails with a sentence when /dev/shm is too small. */
+status exchange_create(group *g, const exchange_shape *shape, exchange **out);
+void exchange_destroy(exchange *x); /* NULL is fine */
+const char *exchange_name(const exchange *x); /* "self", "mpi" */
+size_t exchange_buffer_bytes(const exchange *x); /* memory this rank set aside */
+
+/* Where the owner writes its rows for the next send: fp32 [max_rows] rows, *row_stride floats apart. May be written by any thread. */
+float *exchange_rows(exchange *x, size_t *row_stride);
+
+/* [all] Starts a layer: this rank's n_rows rows with routes [n_rows][top_k] and exponents [n_rows] (fixed; else NULL). Returns at once. */
+status exchange_send(exchange *x, int n_rows, const route *routes, const int16_t *exponents);
+/* [all] Everything for this rank has arrived. Own rows (source == own rank) may be read right after exchange_send(). */
+status exchange_wait(exchange *x);
+/* Valid from exchange_wait() (own rank: exchange_send()) to exchange_return(). */
+const exchange_incoming *exchange_from(exchange *x, int source);
+/* The list that `thread` adds spills for `source` to; rows are packet row numbers. Any computing thread, its own list. */
+spill_list *exchange_spills(exchange *x, int thread, int source);
+/* [all] All results are written. Returns at once. */
+status exchange_return(exchange *x);
+/* [all] All results for own rows are home. */
+status exchange_wait_results(exchange *x);
+/* Rows [first, last) of the last send, combined into out (row r at out + r * out_stride, overwritten; a row without routes becomes
+ * zeros). Any thread, disjoint rows. */
+void exchange_combine(exchange *x, int first, int last, float *out, size_t out_stride);
+
+const exchange_stats *exchange_get_stats(const exchange *x);
+
+#endif

@@ -1,0 +1,46 @@
+/* group.h - the ranks of a job: who is here, on which node, and the few words all of them exchange outside the layers.
+ *
+ * One process is one rank. Between ranks of one node words go through shared memory and futexes; between nodes through
+ * MPI with an adaptive sleep, so waiting costs no core. A waiting rank watches its node peers' lives: when one dies the wait ends
+ * with STATUS_PEER_LOST and a sentence that names it. Functions marked [all] must be entered by every rank, in the same order. */
+#ifndef CONVOKE_ROUTER_GROUP_H
+#define CONVOKE_ROUTER_GROUP_H
+
+#include "proto/status.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+
+typedef struct group group;
+
+/* [all] Starts MPI when this process was started by mpirun (or a PMI launcher), else a group of one without touching MPI.
+ * ranks_per_node 0: nodes as the system says; N: pretend that every N consecutive ranks are a node of their own (tests). */
+status group_create(int *argc, char ***argv, int ranks_per_node, group **out);
+/* [all] unless this rank failed: then group_abort(). */
+void group_destroy(group *g);
+/* Ends the whole job now: for a rank that cannot go on. Does not return. */
+void group_abort(group *g, int exit_code) __attribute__((noreturn));
+
+int group_rank(const group *g);
+int group_size(const group *g);
+int group_node(const group *g);
+int group_n_nodes(const group *g);
+const int *group_node_of_rank(const group *g); /* [size] */
+const char *group_host(const group *g, int rank);
+bool group_shares_cores(const group *g, int threads_per_rank); /* more threads than cores on this node: do not spin */
+
+/* [all] Rank 0's bytes to everybody; every rank passes the same size. */
+status group_broadcast(group *g, void *bytes, size_t size);
+/* [all] Like it, for a size only rank 0 knows: *bytes points into a buffer of the group, valid until the next call. On rank 0
+ * *bytes and *size are what is sent. The leader may take its time: the others sleep. */
+status group_broadcast_message(group *g, const void **bytes, size_t *size);
+/* [all] Every rank's bytes to rank 0: there parts[r], sizes[r] [size] point into buffers of the group, valid until the next call; elsewhere untouched. */
+status group_gather(group *g, const void *bytes, size_t size, const void **parts, size_t *sizes);
+/* [all] The smallest of all ranks' values. */
+status group_min(group *g, int value, int *out);
+/* [all] `mine` of every rank: all return STATUS_OK when all are; otherwise the lowest failing rank gets its own status back, the others
+ * STATUS_ELSEWHERE, so that one rank prints one sentence. */
+status group_agree(group *g, status mine);
+status group_barrier(group *g); /* [all] */
+
+#endif

@@ -1,0 +1,60 @@
+/* checkpoint.h - a Hugging Face folder, opened, checked and bound to the places where the model wants its weights.
+ *
+ * All headers are read and every tensor the model needs is checked (present, shape, dtype) on every rank; of the experts only
+ * the ones a rank owns are ever touched. `map`: weights are used where the file is mapped, shared by all ranks of a node through
+ * the page cache. `copy`: a rank's own share is copied into anonymous memory (first touched by the rank that uses it, so NUMA-local;
+ * madvise for huge pages). */
+#ifndef CONVOKE_WORKER_CHECKPOINT_H
+#define CONVOKE_WORKER_CHECKPOINT_H
+
+#include "worker/kernels.h"
+#include "worker/model_config.h"
+
+/* A matrix as stored: row-major [n_out][n_in]. data NULL: absent (no bias, not this rank's expert). */
+typedef struct {
+    const void *data;
+    weight_format format;
+    int n_out, n_in;
+} weight_matrix;
+
+typedef struct {
+    weight_matrix gate, up, down; /* [inter][hidden], [inter][hidden], [hidden][inter] */
+} mlp_weights;
+
+typedef struct {
+    float *attn_norm, *mlp_norm;           /* [hidden] fp32 copies (small) */
+    float *q_norm, *k_norm;                /* [head_dim] or whole width; NULL: none */
+    weight_matrix q, k, v, o;
+    float *q_bias, *k_bias, *v_bias, *o_bias; /* fp32 copies; NULL: none */
+    weight_matrix router;                  /* [n_experts][hidden]; MoE layers */
+    mlp_weights *experts;                  /* [n_experts]; data NULL where this rank does not hold the expert */
+    mlp_weights dense;                     /* dense layers */
+    mlp_weights shared;                    /* the shared expert */
+    weight_matrix shared_scale;            /* [1][hidden] */
+} layer_weights;
+
+typedef struct {
+    weight_matrix embedding, head; /* [vocab][hidden]; head is the embedding where tied */
+    float *final_norm;             /* [hidden] */
+    layer_weights *layers;         /* [n_layers] */
+    size_t shared_bytes;           /* stored bytes that every rank uses */
+    size_t expert_bytes;           /* stored bytes of the experts this rank holds */
+    size_t total_bytes;            /* stored bytes of the whole model */
+} model_weights;
+
+typedef enum { WEIGHTS_MAP, WEIGHTS_COPY } weights_mode;
+
+typedef struct checkpoint checkpoint; /* open files; owns everything bound from it */
+
+/* Opens DIR: model.safetensors, or the shards model.safetensors.index.json names. `reference.safetensors` is not part of it. */
+status checkpoint_open(const char *dir, const model_config *config, checkpoint **out);
+void checkpoint_close(checkpoint *file); /* NULL is fine */
+
+/* `holds[layer * n_experts + e]`: whether this rank holds the expert; NULL: all. Checks all tensors, refuses NaN or infinity in
+ * gates. *out stays valid until checkpoint_close(). */
+status checkpoint_bind(checkpoint *file, const unsigned char *holds, weights_mode mode, const model_weights **out);
+
+/* Bytes of weights in this process's memory right now: touched pages of the mapping, or the copies. */
+size_t checkpoint_resident_bytes(const checkpoint *file);
+
+#endif
