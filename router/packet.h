@@ -42,8 +42,9 @@ size_t packet_max_rows(int max_rows, int top_k, int n_ranks);
 size_t packet_max_entries(int max_rows, int top_k);
 
 /* routes [n_rows][top_k], exponents [n_rows] (NULL: zeros). Fills rows/entries (sized by the limits above), destination after
- * destination, and packets[n_ranks] pointing into them. place_of_row: NULL, or the number to write for each row (a packed block).
- * scratch: [n_ranks] uint32. */
+ * destination, and packets[n_ranks] pointing into them. packet_row.row is the row's number here; a caller that sends a packed
+ * block renumbers rows[] afterwards. A row whose routes are all ROUTE_NONE is in no packet. scratch: [n_ranks] uint32.
+ * Linear in routes; every route's rank must be below n_ranks (asserted). */
 void packet_build(const route *routes, const int16_t *exponents, int n_rows, int top_k, int n_ranks, packet_row *rows,
                   packet_entry *entries, packet *packets, uint32_t *scratch);
 
