@@ -11,6 +11,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#define PLAN_MAX_RANKS 65535   /* both travel as 16 bits, the largest number meaning none */
+#define PLAN_MAX_EXPERTS 65535
+
 typedef struct {
     int n_ranks, n_experts, n_layers; /* n_layers counts MoE layers only */
     int *layer_numbers;               /* [n_layers] the model's own layer numbers, rising */
@@ -21,7 +24,7 @@ typedef struct {
     long long epoch;                  /* 0 unless the file says otherwise */
 } plan;
 
-/* What a plan must fit. layer_numbers may be NULL: any. */
+/* What a plan must fit. layer_numbers may be NULL: any. plan_read() and plan_parse() take a NULL shape: any plan is fine. */
 typedef struct {
     int n_ranks, n_experts, n_layers;
     const int *layer_numbers;
@@ -32,9 +35,11 @@ typedef struct {
  * node_of_rank NULL: all on node 0. */
 status plan_contiguous(const plan_shape *shape, const int *node_of_rank, plan *out);
 /* Reads a file; refuses a missing expert, a rank out of range, an expert twice on one rank, wrong counts, an unknown version, a
- * plan for another model: the sentence names layer and expert. */
+ * plan for another model: the sentence names layer and expert. Keys it does not know are passed over; without node_of_rank every
+ * rank is on node 0. *out changes only on success and is cleared by the caller. */
 status plan_read(const char *path, const plan_shape *shape, plan *out);
 status plan_parse(const char *where, const char *text, size_t size, const plan_shape *shape, plan *out);
+/* model_name NULL: the file names none. The file appears whole or not at all. */
 status plan_write(const plan *p, const char *model_name, const char *path);
 void plan_clear(plan *p); /* a zeroed one is fine */
 
