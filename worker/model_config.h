@@ -28,11 +28,14 @@ typedef struct {
     int norm_topk; /* 1 always, 2 as norm_topk_prob says (default false) */
     bool sparse_steps; /* decoder_sparse_step and mlp_only_layers apply */
     bool clip_qkv;     /* the clip_qkv key applies */
-    int window;        /* sliding window: 0 never (refused if asked), 1 sliding_window on every layer, 2 Qwen: use_sliding_window with
-                          layer_types or max_window_layers */
-    /* defaults transformers fills in when config.json leaves a key out; 0 means the key is required */
-    double default_rope_theta, default_rms_eps;
-    int default_max_positions;
+    int window;        /* sliding window: 0 never (refused if asked), 1 sliding_window on every layer, 2 sliding_window on every layer
+                          where use_sliding_window, 3 the same on the layers that layer_types or max_window_layers name */
+    /* what transformers' configuration classes fill in when config.json leaves a key out; 0: nothing, or (heads) another key's value */
+    struct {
+        int vocab, hidden, inter, expert_inter, shared_inter, n_layers, n_heads, n_kv_heads, n_experts, top_k, max_positions;
+        int sliding_window, max_window_layers, eos_id;
+        double rope_theta, rms_eps;
+    } defaults;
 } model_family;
 
 /* NULL when no row has this model_type. */
@@ -60,9 +63,10 @@ typedef struct {
     int shared_inter; /* width of the shared expert; 0: none */
     bool norm_topk, tied_embeddings, qkv_bias, o_bias;
     float rms_eps;
-    float clip_qkv; /* 0: off */
+    float clip_qkv; /* q, k and v are clamped to +-this, behind the QK norm and before RoPE; 0: off */
     rope_config rope;
-    int max_positions; /* the longest sequence the model may see */
+    int max_positions; /* the longest sequence the model may see: max_position_embeddings, which linear scaling multiplies by its
+                          factor and yarn raises to original_max_position_embeddings * factor where that is more */
     bool *moe_layer;   /* [n_layers] false: a dense layer */
     int *window;       /* [n_layers] sliding window, 0: none */
     int n_moe_layers;
@@ -76,8 +80,9 @@ status model_config_read(const char *dir, model_config *out);
 status model_config_parse(const char *where, const char *text, size_t size, model_config *out);
 void model_config_clear(model_config *config); /* a zeroed one is fine */
 
-/* cos and sin of every position's angles: *cos, *sin [n_positions][head_dim / 2], allocated; already scaled by yarn's attention factor.
- * Angles are computed as transformers does (fp32 inverse frequencies, fp32 products). */
+/* cos and sin of every position's angles: [n_positions][head_dim / 2] each, allocated (free() both); already scaled by yarn's
+ * attention factor. Angles are computed as transformers does (fp32 inverse frequencies, fp32 products). head_dim is even;
+ * n_positions above max_positions is refused: dynamic scaling would change the angles of all positions there. */
 status rope_tables(const rope_config *rope, int head_dim, int max_positions, int n_positions, float **cos_table, float **sin_table);
 
 #endif
