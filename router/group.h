@@ -28,6 +28,9 @@ int group_n_nodes(const group *g);
 const int *group_node_of_rank(const group *g); /* [size] */
 const char *group_host(const group *g, int rank);
 bool group_shares_cores(const group *g, int threads_per_rank); /* more threads than cores on this node: do not spin */
+/* SIGTERM has come. Waits inside the group and the exchange end by themselves (STATUS_STOPPED); other loops ask here. Always false in
+ * a group of one, which leaves the signal alone. */
+bool group_told_to_stop(void);
 
 /* [all] Rank 0's bytes to everybody; every rank passes the same size. */
 status group_broadcast(group *g, void *bytes, size_t size);

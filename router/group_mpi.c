@@ -1,0 +1,265 @@
+/* group_mpi.c - the group's words between nodes, and MPI's start and end. One of the two files that see mpi.h.
+ *
+ * MPI waits by burning a core, so nothing here blocks in MPI after the start: requests are tested, with sleeps of up to a
+ * millisecond between, and the wait ends when a peer of the node dies or this rank is told to stop. */
+#include "router/group_internal.h"
+
+#include <mpi.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/random.h>
+#include <unistd.h>
+
+#define LONGEST_SLEEP_US 1000u
+#define PIECE_BYTES ((size_t)64 << 20) /* MPI counts are ints */
+#define REPORT_TAG 1
+
+struct group_links {
+    MPI_Comm world;  /* ours: the application's errors must not meet another library's messages */
+    MPI_Comm firsts; /* the first rank of each node, in node order; MPI_COMM_NULL elsewhere */
+};
+
+/* What every rank tells all others at start. */
+typedef struct {
+    char host[GROUP_HOST_BYTES];
+    int pid;
+    int machine; /* lowest rank that shares memory with this one */
+    cpu_set_t cores;
+} introduction;
+
+status group_mpi_failed(int rank, const char *call, int error)
+{
+    char text[MPI_MAX_ERROR_STRING] = "";
+    int n = 0;
+    MPI_Error_string(error, text, &n);
+    return status_fail(STATUS_IO, "rank %d: %s: %s", rank, call, text);
+}
+
+bool group_mpi_launched(void)
+{
+    static const char *const signs[] = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMI_RANK", "PMI_FD", "PMIX_RANK", "PMIX_NAMESPACE"};
+    for (size_t i = 0; i < sizeof signs / sizeof *signs; i++)
+        if (getenv(signs[i]))
+            return true;
+    return false;
+}
+
+/* ---- start ---- */
+
+static status start_mpi(group *g, int *argc, char ***argv)
+{
+    int provided;
+    TRY_MPI(0, MPI_Init_thread, (argc, argv, MPI_THREAD_FUNNELED, &provided));
+    TRY_MPI(0, MPI_Comm_dup, (MPI_COMM_WORLD, &g->links->world));
+    TRY_MPI(0, MPI_Comm_set_errhandler, (g->links->world, MPI_ERRORS_RETURN));
+    TRY_MPI(0, MPI_Comm_rank, (g->links->world, &g->rank));
+    TRY_MPI(g->rank, MPI_Comm_size, (g->links->world, &g->size));
+    if (getrandom(&g->peers.job, sizeof g->peers.job, 0) != sizeof g->peers.job)
+        return status_fail(STATUS_IO, "rank %d: the system gives no random numbers", g->rank);
+    TRY_MPI(g->rank, MPI_Bcast, (&g->peers.job, sizeof g->peers.job, MPI_BYTE, 0, g->links->world));
+    return STATUS_OK;
+}
+
+static status introduce(group *g, introduction *all)
+{
+    introduction me = {.pid = (int)getpid()};
+    MPI_Comm machine;
+    gethostname(me.host, sizeof me.host - 1);
+    CPU_ZERO(&me.cores);
+    sched_getaffinity(0, sizeof me.cores, &me.cores);
+    TRY_MPI(g->rank, MPI_Comm_split_type, (g->links->world, MPI_COMM_TYPE_SHARED, g->rank, MPI_INFO_NULL, &machine));
+    me.machine = g->rank;
+    TRY_MPI(g->rank, MPI_Bcast, (&me.machine, 1, MPI_INT, 0, machine));
+    TRY_MPI(g->rank, MPI_Comm_free, (&machine));
+    TRY_MPI(g->rank, MPI_Allgather, (&me, sizeof me, MPI_BYTE, all, sizeof me, MPI_BYTE, g->links->world));
+    return STATUS_OK;
+}
+
+/* Nodes are numbered by their lowest rank, ranks inside a node by rank. */
+static void number_nodes(group *g, const introduction *all, int ranks_per_node)
+{
+    g->n_nodes = 0;
+    for (int r = 0; r < g->size; r++) {
+        int twin = 0;
+        while (twin < r && !(all[twin].machine == all[r].machine &&
+                             (ranks_per_node == 0 || twin / ranks_per_node == r / ranks_per_node)))
+            twin++;
+        int node = twin < r ? g->node_of_rank[twin] : g->n_nodes++;
+        g->node_of_rank[r] = node;
+        g->local_of_rank[r] = g->size_of_node[node]++;
+    }
+    for (int n = 0; n < g->n_nodes; n++)
+        g->first_of_node[n + 1] = g->first_of_node[n] + g->size_of_node[n];
+    for (int r = 0; r < g->size; r++)
+        g->rank_at[g->first_of_node[g->node_of_rank[r]] + g->local_of_rank[r]] = r;
+    g->node = g->node_of_rank[g->rank];
+    g->local = g->local_of_rank[g->rank];
+    g->n_local = g->size_of_node[g->node];
+}
+
+static void count_cores(group *g, const introduction *all)
+{
+    cpu_set_t cores;
+    CPU_ZERO(&cores);
+    for (int r = 0; r < g->size; r++) {
+        if (all[r].machine != all[g->rank].machine)
+            continue;
+        g->n_on_host++;
+        CPU_OR(&cores, &cores, &all[r].cores);
+    }
+    g->own_cores = CPU_COUNT(&all[g->rank].cores);
+    g->host_cores = CPU_COUNT(&cores);
+}
+
+static status allocate_tables(group *g)
+{
+    size_t n = (size_t)g->size;
+    g->node_of_rank = calloc(n, sizeof(int));
+    g->local_of_rank = calloc(n, sizeof(int));
+    g->size_of_node = calloc(n, sizeof(int));
+    g->rank_at = calloc(n, sizeof(int));
+    g->first_of_node = calloc(n + 1, sizeof(int));
+    g->pid_of_node_rank = calloc(n, sizeof(int));
+    g->host = calloc(n, sizeof *g->host);
+    if (!g->node_of_rank || !g->local_of_rank || !g->size_of_node || !g->rank_at || !g->first_of_node || !g->pid_of_node_rank ||
+        !g->host)
+        return status_fail(STATUS_NO_MEMORY, "rank %d: no memory for the tables of %d ranks", g->rank, g->size);
+    return STATUS_OK;
+}
+
+static status place_ranks(group *g, introduction *all, int ranks_per_node)
+{
+    TRY(introduce(g, all));
+    number_nodes(g, all, ranks_per_node);
+    count_cores(g, all);
+    for (int r = 0; r < g->size; r++)
+        memcpy(g->host[r], all[r].host, sizeof all[r].host);
+    for (int i = 0; i < g->n_local; i++)
+        g->pid_of_node_rank[i] = all[g->rank_at[g->first_of_node[g->node] + i]].pid;
+    TRY_MPI(g->rank, MPI_Comm_split, (g->links->world, g->local == 0 ? 0 : MPI_UNDEFINED, g->rank, &g->links->firsts));
+    if (g->local == 0)
+        TRY_MPI(g->rank, MPI_Comm_set_errhandler, (g->links->firsts, MPI_ERRORS_RETURN));
+    return STATUS_OK;
+}
+
+status group_mpi_start(group *g, int *argc, char ***argv, int ranks_per_node)
+{
+    g->links = malloc(sizeof *g->links);
+    if (!g->links)
+        return status_fail(STATUS_NO_MEMORY, "no memory for the links between ranks");
+    *g->links = (group_links){.world = MPI_COMM_NULL, .firsts = MPI_COMM_NULL};
+    TRY(start_mpi(g, argc, argv));
+    TRY(allocate_tables(g));
+    introduction *all = calloc((size_t)g->size, sizeof *all);
+    if (!all)
+        return status_fail(STATUS_NO_MEMORY, "rank %d: no memory for the tables of %d ranks", g->rank, g->size);
+    status st = place_ranks(g, all, ranks_per_node);
+    free(all);
+    return st;
+}
+
+void group_mpi_finish(group *g)
+{
+    int started = 0;
+    MPI_Initialized(&started);
+    if (started) {
+        if (g->links->firsts != MPI_COMM_NULL)
+            MPI_Comm_free(&g->links->firsts);
+        if (g->links->world != MPI_COMM_NULL)
+            MPI_Comm_free(&g->links->world);
+        MPI_Finalize();
+    }
+    free(g->links);
+    g->links = NULL;
+}
+
+static int abort_code;
+
+static void end_at_once(int number)
+{
+    (void)number;
+    _exit(abort_code);
+}
+
+void group_mpi_abort(group *g, int exit_code)
+{
+    /* MPI_Abort talks to a launcher that may be gone itself: one second, then this process ends by its own hand. */
+    abort_code = exit_code;
+    struct sigaction action = {.sa_handler = end_at_once};
+    sigaction(SIGALRM, &action, NULL);
+    alarm(1);
+    MPI_Abort(g->links->world, exit_code);
+}
+
+/* ---- words ---- */
+
+static status finish(group *g, MPI_Request *request, const char *call)
+{
+    static uint32_t number;
+    const wait_reason why = {.rank = -1, .what = "word between nodes", .number = ++number};
+    node_backoff backoff = {0};
+    for (;;) {
+        int done = 0;
+        int error = MPI_Test(request, &done, MPI_STATUS_IGNORE);
+        if (error != MPI_SUCCESS)
+            return group_mpi_failed(g->rank, call, error);
+        if (done)
+            return STATUS_OK;
+        TRY(node_backoff_pause(&backoff, false, LONGEST_SLEEP_US, &g->peers, &why));
+    }
+}
+
+status group_mpi_min_all(group *g, int value, int *out)
+{
+    TRY_MPI(g->rank, MPI_Allreduce, (&value, out, 1, MPI_INT, MPI_MIN, g->links->world));
+    return STATUS_OK;
+}
+
+status group_mpi_min(group *g, int value, int *out)
+{
+    MPI_Request request;
+    int low;
+    TRY_MPI(g->rank, MPI_Iallreduce, (&value, &low, 1, MPI_INT, MPI_MIN, g->links->firsts, &request));
+    TRY(finish(g, &request, "MPI_Iallreduce"));
+    *out = low;
+    return STATUS_OK;
+}
+
+static int piece(size_t size, size_t at)
+{
+    return (int)(size - at < PIECE_BYTES ? size - at : PIECE_BYTES);
+}
+
+status group_mpi_broadcast(group *g, void *bytes, size_t size)
+{
+    for (size_t at = 0; at < size; at += PIECE_BYTES) {
+        MPI_Request request;
+        TRY_MPI(g->rank, MPI_Ibcast, ((char *)bytes + at, piece(size, at), MPI_BYTE, 0, g->links->firsts, &request));
+        TRY(finish(g, &request, "MPI_Ibcast"));
+    }
+    return STATUS_OK;
+}
+
+status group_mpi_give(group *g, const void *bytes, size_t size)
+{
+    for (size_t at = 0; at < size; at += PIECE_BYTES) {
+        MPI_Request request;
+        TRY_MPI(g->rank, MPI_Isend,
+                ((const char *)bytes + at, piece(size, at), MPI_BYTE, 0, REPORT_TAG, g->links->firsts, &request));
+        TRY(finish(g, &request, "MPI_Isend"));
+    }
+    return STATUS_OK;
+}
+
+status group_mpi_take(group *g, int node, void *bytes, size_t size)
+{
+    for (size_t at = 0; at < size; at += PIECE_BYTES) {
+        MPI_Request request;
+        TRY_MPI(g->rank, MPI_Irecv, ((char *)bytes + at, piece(size, at), MPI_BYTE, node, REPORT_TAG, g->links->firsts, &request));
+        TRY(finish(g, &request, "MPI_Irecv"));
+    }
+    return STATUS_OK;
+}
