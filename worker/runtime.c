@@ -1,0 +1,184 @@
+#include "worker/runtime.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+struct runtime {
+    group *group; /* borrowed */
+    kernel_isa isa;
+    int threads;
+    model_config config;
+    int *layer_numbers; /* [n_moe_layers] */
+    plan plan;
+    checkpoint *checkpoint;
+    const model_weights *weights;
+    thread_pool *pool;
+    engine *engine;
+};
+
+/* A job runs one instruction set: the lowest that all its ranks have. */
+static status agree_on_isa(runtime *r)
+{
+    kernel_isa mine = ISA_SCALAR;
+    int lowest;
+    TRY(group_agree(r->group, kernels_pick(&mine)));
+    TRY(group_min(r->group, (int)mine, &lowest));
+    r->isa = (kernel_isa)lowest;
+    return STATUS_OK;
+}
+
+static int default_threads(const group *g)
+{
+    int ranks_here = 0;
+    for (int i = 0; i < group_size(g); i++)
+        ranks_here += group_node_of_rank(g)[i] == group_node(g);
+    long cores = sysconf(_SC_NPROCESSORS_ONLN);
+    return cores > ranks_here ? (int)(cores / ranks_here) : 1;
+}
+
+static status make_plan(runtime *r, const char *path)
+{
+    const model_config *c = &r->config;
+    r->layer_numbers = calloc((size_t)c->n_moe_layers + 1, sizeof *r->layer_numbers);
+    if (!r->layer_numbers)
+        return status_fail(STATUS_NO_MEMORY, "no memory for a list of layers");
+    for (int l = 0, n = 0; l < c->n_layers; l++)
+        if (c->moe_layer[l])
+            r->layer_numbers[n++] = l;
+    plan_shape shape = {.n_ranks = group_size(r->group), .n_experts = c->n_experts, .n_layers = c->n_moe_layers,
+                        .layer_numbers = r->layer_numbers, .model_name = c->name};
+    if (!path)
+        return plan_contiguous(&shape, group_node_of_rank(r->group), &r->plan);
+    TRY(plan_read(path, &shape, &r->plan));
+    /* Where ranks really are beats what the plan was made for: "nearest replica" must mean near. */
+    memcpy(r->plan.node_of_rank, group_node_of_rank(r->group), (size_t)shape.n_ranks * sizeof *r->plan.node_of_rank);
+    return STATUS_OK;
+}
+
+static status bind_weights(runtime *r, const runtime_options *o)
+{
+    const model_config *c = &r->config;
+    TRY(checkpoint_open(o->model_dir, c, &r->checkpoint));
+    unsigned char *holds = calloc((size_t)c->n_layers * (size_t)c->n_experts + 1, 1);
+    if (!holds)
+        return status_fail(STATUS_NO_MEMORY, "no memory for the list of this rank's experts");
+    for (int l = 0; l < c->n_moe_layers; l++)
+        for (int e = 0; e < c->n_experts; e++)
+            holds[(size_t)r->layer_numbers[l] * (size_t)c->n_experts + (size_t)e] = plan_holds(&r->plan, l, e, group_rank(r->group));
+    status st = checkpoint_bind(r->checkpoint, holds, o->weights, &r->weights);
+    free(holds);
+    return st;
+}
+
+static status load(runtime *r, const runtime_options *o)
+{
+    TRY(model_config_read(o->model_dir, &r->config));
+    TRY(make_plan(r, o->plan_path));
+    TRY(bind_weights(r, o));
+    r->threads = o->threads > 0 ? o->threads : default_threads(r->group);
+    return thread_pool_create(r->threads, !group_shares_cores(r->group, r->threads), &r->pool);
+}
+
+static status complete_limits(const runtime *r, engine_limits *limits)
+{
+    const model_config *c = &r->config;
+    if (limits->max_length == 0)
+        limits->max_length = c->max_positions;
+    if (limits->max_length > c->max_positions)
+        return status_fail(STATUS_BAD_INPUT, "a sequence of %d tokens is asked for, but %s takes at most %d", limits->max_length,
+                           c->name, c->max_positions);
+    if (limits->kv_bytes == 0) {
+        size_t places = (size_t)((limits->max_sequences + group_size(r->group) - 1) / group_size(r->group));
+        size_t blocks = places * (size_t)kv_blocks_of(limits->max_length, KV_BLOCK);
+        size_t block_bytes = kv_head_floats(c->head_dim) * (size_t)c->n_kv_heads * (size_t)c->n_layers * sizeof(float);
+        size_t one = (size_t)kv_blocks_of(limits->max_length, KV_BLOCK) * block_bytes, cap = (size_t)1 << 30;
+        limits->kv_bytes = blocks * block_bytes < cap ? blocks * block_bytes : one > cap ? one : cap;
+    }
+    return STATUS_OK;
+}
+
+static status create_engine(runtime *r, const runtime_options *o, engine_listener listener, void *arg)
+{
+    engine_limits limits = o->limits;
+    TRY(group_agree(r->group, complete_limits(r, &limits)));
+    model_parts parts = {.config = &r->config, .weights = r->weights, .plan = &r->plan, .group = r->group, .pool = r->pool,
+                         .kernels = kernels_of(r->isa), .replicas = o->replicas, .combine = o->combine, .rows = o->rows};
+    return engine_create(&parts, &limits, listener, arg, &r->engine);
+}
+
+status runtime_create(group *g, const runtime_options *options, engine_listener listener, void *arg, runtime **out)
+{
+    runtime *r = calloc(1, sizeof *r);
+    if (!r)
+        return group_agree(g, status_fail(STATUS_NO_MEMORY, "no memory to start"));
+    r->group = g;
+    status st;
+    TRY_GOTO(agree_on_isa(r), fail);
+    TRY_GOTO(group_agree(g, load(r, options)), fail);
+    TRY_GOTO(create_engine(r, options, listener, arg), fail);
+    *out = r;
+    return STATUS_OK;
+fail:
+    runtime_destroy(r);
+    return st;
+}
+
+void runtime_destroy(runtime *r)
+{
+    if (!r)
+        return;
+    engine_destroy(r->engine);
+    thread_pool_destroy(r->pool);
+    checkpoint_close(r->checkpoint);
+    plan_clear(&r->plan);
+    model_config_clear(&r->config);
+    free(r->layer_numbers);
+    free(r);
+}
+
+engine *runtime_engine(runtime *r)
+{
+    return r->engine;
+}
+
+const model_config *runtime_config(const runtime *r)
+{
+    return &r->config;
+}
+
+const plan *runtime_plan(const runtime *r)
+{
+    return &r->plan;
+}
+
+kernel_isa runtime_isa(const runtime *r)
+{
+    return r->isa;
+}
+
+int runtime_threads(const runtime *r)
+{
+    return r->threads;
+}
+
+static unsigned long long resident_now(void)
+{
+    unsigned long long size = 0, resident = 0;
+    FILE *file = fopen("/proc/self/statm", "r");
+    if (!file)
+        return 0;
+    if (fscanf(file, "%llu %llu", &size, &resident) != 2)
+        resident = 0;
+    fclose(file);
+    return resident * (unsigned long long)sysconf(_SC_PAGESIZE);
+}
+
+void runtime_memory_use(const runtime *r, runtime_memory *out)
+{
+    unsigned long long weights = checkpoint_resident_bytes(r->checkpoint), all = resident_now();
+    *out = (runtime_memory){.weights_share = r->weights->shared_bytes + r->weights->expert_bytes, .weights_resident = weights,
+                            .kv = engine_kv_bytes(r->engine), .buffers = model_buffer_bytes(engine_model(r->engine)),
+                            .process_private = all > weights ? all - weights : 0};
+}

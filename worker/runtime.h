@@ -1,0 +1,42 @@
+/* runtime.h - one rank, ready to step: from a model folder and a plan to an engine. Shared by every program that runs a model.
+ *
+ *     instruction set (lowest of all ranks) ─ config ─ plan ─ checkpoint (own experts) ─ threads ─ engine
+ *
+ * All functions are [all]: every rank enters them; when one rank fails, all return, and only that one has the sentence. */
+#ifndef CONVOKE_WORKER_RUNTIME_H
+#define CONVOKE_WORKER_RUNTIME_H
+
+#include "worker/engine.h"
+
+typedef struct {
+    const char *model_dir;
+    const char *plan_path;     /* NULL: the contiguous plan */
+    int threads;               /* per rank; 0: the node's cores over its ranks */
+    weights_mode weights;
+    combine_mode combine;
+    row_format rows;
+    replica_choice replicas;
+    engine_limits limits;      /* max_length 0: the model's own; kv_bytes 0: what max_sequences of max_length need, at most 1 GiB */
+} runtime_options;
+
+/* What each rank holds in memory, in bytes. */
+typedef struct {
+    unsigned long long weights_share;    /* stored bytes of the shared parts and own experts */
+    unsigned long long weights_resident; /* of the weights, in this process now */
+    unsigned long long kv, buffers;      /* set aside */
+    unsigned long long process_private;  /* everything else the process has touched (VmRSS less weights) */
+} runtime_memory;
+
+typedef struct runtime runtime;
+
+status runtime_create(group *g, const runtime_options *options, engine_listener listener, void *arg, runtime **out);
+void runtime_destroy(runtime *r); /* NULL is fine */
+
+engine *runtime_engine(runtime *r);
+const model_config *runtime_config(const runtime *r);
+const plan *runtime_plan(const runtime *r);
+kernel_isa runtime_isa(const runtime *r);
+int runtime_threads(const runtime *r);
+void runtime_memory_use(const runtime *r, runtime_memory *out);
+
+#endif
