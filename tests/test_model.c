@@ -6,7 +6,12 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-static const char *const families[] = {"mixtral", "olmoe", "qwen2_moe", "qwen3_moe"};
+/* The last eight are small models with unusual settings (tests/data/variants/README.md): sliding windows, rope scalings, tied
+ * embeddings, dense layers between, biases, fp16 and fp32, sizes that divide by nothing. */
+static const char *const families[] = {"mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "variants/mixtral-window",
+                                       "variants/mixtral-llama3-fp16", "variants/olmoe-clip-linear-fp32",
+                                       "variants/qwen2-window-tied", "variants/qwen2-nobias-dynamic", "variants/qwen3-sparse-bias",
+                                       "variants/qwen3-yarn-tied", "variants/qwen3-one-head"};
 enum { N_FAMILIES = sizeof families / sizeof *families };
 
 static runtime_options plain(void)
@@ -28,7 +33,7 @@ static void agrees_with_transformers(void **state)
                 model_answer a;
                 support_run_reference(support_data(families[f]), &o, 7, &a);
                 double worst = support_compare_reference(support_data(families[f]), &a);
-                print_message("%-10s %-10s %s: logits within %.2g of transformers\n", families[f], kernel_isa_name((kernel_isa)isa),
+                print_message("%-32s %-10s %s: logits within %.2g of transformers\n", families[f], kernel_isa_name((kernel_isa)isa),
                               mode == COMBINE_EXACT ? "exact" : mode == COMBINE_FIXED ? "fixed" : "fast ", worst);
                 assert_true(worst < 2e-4);
                 support_answer_clear(&a);

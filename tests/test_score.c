@@ -1,0 +1,297 @@
+/* test_score.c - convoke-score under mpirun, end to end: what it writes is transformers' answer, and no number of ranks, plan, node
+ * border, replica or combine mode that promises not to changes a bit of it. */
+#include "tests/support.h"
+#include "tests/support_plan.h"
+
+#include "proto/safetensors.h"
+#include "worker/model_config.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+
+static char scratch[4096];
+
+static const char *in_scratch(const char *name)
+{
+    static char buffers[8][4200];
+    static int next;
+    char *out = buffers[next++ & 7];
+    snprintf(out, sizeof buffers[0], "%s/%s", scratch, name);
+    return out;
+}
+
+/* Runs convoke-score on `ranks` ranks; stdout and stderr go to files in the scratch folder. Returns the exit code. */
+static int run_score(int ranks, const char *arguments)
+{
+    char command[9000], runner[4096];
+    snprintf(runner, sizeof runner, "%s", support_source("tests/run_mpi.sh"));
+    if (ranks == 0)
+        snprintf(command, sizeof command, "%s %s > %s 2> %s", support_binary("convoke-score"), arguments, in_scratch("stdout"), in_scratch("stderr"));
+    else
+        snprintf(command, sizeof command, "%s %d %s %s > %s 2> %s", runner, ranks, support_binary("convoke-score"), arguments,
+                 in_scratch("stdout"), in_scratch("stderr"));
+    int rc = system(command);
+    return WIFEXITED(rc) ? WEXITSTATUS(rc) : -1;
+}
+
+static const char *read_text(const char *name)
+{
+    static char text[1 << 20];
+    FILE *file = fopen(in_scratch(name), "rb");
+    assert_non_null(file);
+    text[fread(text, 1, sizeof text - 1, file)] = '\0';
+    fclose(file);
+    return text;
+}
+
+static void score_or_fail(int ranks, const char *arguments)
+{
+    int rc = run_score(ranks, arguments);
+    if (rc != 0)
+        fail_msg("convoke-score %s on %d ranks: exit code %d: %s", arguments, ranks, rc, read_text("stderr"));
+}
+
+static safetensors *open_tensors(const char *path)
+{
+    safetensors *file = NULL;
+    if (safetensors_open(path, &file) != STATUS_OK)
+        fail_msg("%s", status_message());
+    return file;
+}
+
+/* The reference's prompts as token lines. */
+static void write_lines(const char *family)
+{
+    char path[4096];
+    snprintf(path, sizeof path, "%s/reference.safetensors", support_data(family));
+    safetensors *file = open_tensors(path);
+    FILE *out = fopen(in_scratch("lines.jsonl"), "w");
+    for (int i = 0; i < 3; i++) {
+        char name[32];
+        snprintf(name, sizeof name, "prompt_%d", i);
+        const tensor_view *prompt = safetensors_find(file, name);
+        const int32_t *ids = prompt->data;
+        fprintf(out, "{\"id\": \"p%d\", \"domain\": \"%s\", \"token_ids\": [", i, i == 1 ? "odd" : "even");
+        for (int64_t j = 0; j < prompt->shape[0]; j++)
+            fprintf(out, j ? ", %d" : "%d", ids[j]);
+        fputs("]}\n", out);
+    }
+    fclose(out);
+    safetensors_close(file);
+}
+
+/* Names of layers and experts come from the model itself. */
+static void write_plan(const char *family, int ranks, int kind, uint64_t seed, const char *path)
+{
+    model_config c = {0};
+    int numbers[64], n = 0;
+    plan p = {0};
+    if (model_config_read(support_data(family), &c) != STATUS_OK)
+        fail_msg("%s", status_message());
+    for (int l = 0; l < c.n_layers; l++)
+        if (c.moe_layer[l])
+            numbers[n++] = l;
+    plan_shape shape = {.n_ranks = ranks, .n_experts = c.n_experts, .n_layers = n, .layer_numbers = numbers};
+    status st = kind == 0   ? plan_contiguous(&shape, NULL, &p)
+                : kind == 1 ? support_reversed_plan(&shape, NULL, &p)
+                            : support_random_plan(&seed, &shape, NULL, kind == 2 ? 0 : 0.5, &p);
+    if (st != STATUS_OK || plan_write(&p, NULL, path) != STATUS_OK)
+        fail_msg("%s", status_message());
+    plan_clear(&p);
+    model_config_clear(&c);
+}
+
+static void assert_same_file(const char *a, const char *b)
+{
+    safetensors *x = open_tensors(a), *y = open_tensors(b);
+    assert_int_equal(safetensors_count(x), safetensors_count(y));
+    for (int i = 0; i < safetensors_count(x); i++) {
+        const tensor_view *t = safetensors_at(x, i), *u = safetensors_find(y, t->name);
+        assert_non_null(u);
+        assert_int_equal(t->n_bytes, u->n_bytes);
+        if (memcmp(t->data, u->data, t->n_bytes) != 0)
+            fail_msg("%s differs between %s and %s", t->name, a, b);
+    }
+    safetensors_close(x);
+    safetensors_close(y);
+}
+
+static double compare_tensor(const tensor_view *got, const tensor_view *want)
+{
+    double worst = 0;
+    assert_int_equal(got->n_bytes, want->n_bytes);
+    assert_int_equal(got->dtype, want->dtype);
+    if (got->dtype == DTYPE_I32) {
+        if (memcmp(got->data, want->data, got->n_bytes) != 0)
+            fail_msg("%s is not what transformers has", got->name);
+        return 0;
+    }
+    const float *a = got->data, *b = want->data;
+    for (size_t i = 0; i < got->n_bytes / sizeof(float); i++)
+        worst = fabs((double)a[i] - (double)b[i]) <= worst ? worst : fabs((double)a[i] - (double)b[i]);
+    return worst;
+}
+
+static double compare_with_reference(const char *family, const char *path)
+{
+    char reference[4096];
+    double worst = 0;
+    snprintf(reference, sizeof reference, "%s/reference.safetensors", support_data(family));
+    safetensors *want = open_tensors(reference), *got = open_tensors(path);
+    for (int i = 0; i < safetensors_count(want); i++) {
+        const tensor_view *w = safetensors_at(want, i);
+        if (strncmp(w->name, "prompt", 6) == 0)
+            continue;
+        const tensor_view *g = safetensors_find(got, w->name);
+        assert_non_null(g);
+        double d = compare_tensor(g, w);
+        worst = d <= worst ? worst : d;
+    }
+    safetensors_close(want);
+    safetensors_close(got);
+    return worst;
+}
+
+static void score_family(int ranks, const char *family, const char *more, const char *out)
+{
+    char arguments[8192], dir[4096];
+    snprintf(dir, sizeof dir, "%s", support_data(family));
+    snprintf(arguments, sizeof arguments, "--model %s --input %s --greedy 24 --threads 1 --logits %s %s", dir, in_scratch("lines.jsonl"), out, more);
+    score_or_fail(ranks, arguments);
+}
+
+static void check_family(const char *family)
+{
+    static const char *const combines[] = {"exact", "fixed"};
+    char more[4400];
+    write_lines(family);
+    for (int c = 0; c < 2; c++) {
+        snprintf(more, sizeof more, "--combine %s", combines[c]);
+        score_family(0, family, more, in_scratch("alone"));
+        double worst = compare_with_reference(family, in_scratch("alone"));
+        print_message("%s %s: within %.2g of transformers\n", family, combines[c], worst);
+        assert_true(worst < 2e-4);
+        for (int ranks = 2; ranks <= 4; ranks++)
+            for (int kind = 0; kind < 4; kind++) {
+                write_plan(family, ranks, kind, (uint64_t)(ranks * 10 + kind), in_scratch("plan.json"));
+                snprintf(more, sizeof more, "--combine %s --plan %s --replicas %s --chunk %d --ranks-per-node %d", combines[c],
+                         in_scratch("plan.json"), kind == 3 ? "round-robin" : "owner-first", kind == 1 ? 3 : 64, kind == 2 ? 2 : 0);
+                score_family(ranks, family, more, in_scratch("many"));
+                assert_same_file(in_scratch("alone"), in_scratch("many"));
+            }
+    }
+}
+
+static void mixtral_is_the_same(void **state)
+{
+    (void)state;
+    check_family("mixtral");
+}
+
+static void olmoe_is_the_same(void **state)
+{
+    (void)state;
+    check_family("olmoe");
+}
+
+static void qwen2_is_the_same(void **state)
+{
+    (void)state;
+    check_family("qwen2_moe");
+}
+
+static void qwen3_is_the_same(void **state)
+{
+    (void)state;
+    check_family("qwen3_moe");
+}
+
+static void bf16_rows_are_grouped_alike(void **state)
+{
+    (void)state;
+    write_lines("qwen2_moe");
+    score_family(0, "qwen2_moe", "--rows bf16", in_scratch("alone"));
+    write_plan("qwen2_moe", 3, 3, 5, in_scratch("plan.json"));
+    char more[4400];
+    snprintf(more, sizeof more, "--rows bf16 --plan %s", in_scratch("plan.json"));
+    score_family(3, "qwen2_moe", more, in_scratch("many"));
+    assert_same_file(in_scratch("alone"), in_scratch("many"));
+}
+
+static void expect_failure(int ranks, const char *arguments, int code, const char *words)
+{
+    int rc = run_score(ranks, arguments);
+    const char *said = read_text("stderr");
+    if (rc != code || !strstr(said, words))
+        fail_msg("convoke-score %s: exit code %d (expected %d), said: %s (expected: %s)", arguments, rc, code, said, words);
+}
+
+static void mistakes_get_a_sentence(void **state)
+{
+    (void)state;
+    char arguments[9000], dir[4096], lines[4200];
+    write_lines("mixtral");
+    snprintf(dir, sizeof dir, "%s", support_data("mixtral"));
+    snprintf(lines, sizeof lines, "%s", in_scratch("lines.jsonl"));
+    expect_failure(0, "", 2, "model");
+    snprintf(arguments, sizeof arguments, "--model %s --input %s --combine sometimes", dir, lines);
+    expect_failure(0, arguments, 2, "combine");
+    snprintf(arguments, sizeof arguments, "--model %s/nowhere --input %s", dir, lines);
+    expect_failure(0, arguments, 1, "config.json");
+    snprintf(arguments, sizeof arguments, "--model %s --input %s/none.jsonl", dir, dir);
+    expect_failure(2, arguments, 1, "none.jsonl");
+    snprintf(arguments, sizeof arguments, "--model %s --input %s --greedy 2040", dir, lines);
+    expect_failure(2, arguments, 1, "line 2");
+    write_plan("mixtral", 3, 0, 1, in_scratch("plan.json"));
+    snprintf(arguments, sizeof arguments, "--model %s --input %s --plan %s", dir, lines, in_scratch("plan.json"));
+    expect_failure(2, arguments, 1, "plan.json");
+    snprintf(arguments, sizeof arguments, "--model %s --input %s --kv-bytes 1K", dir, lines);
+    expect_failure(2, arguments, 1, "KV");
+    snprintf(arguments, sizeof arguments, "--model %s --input %s --logits /nowhere/at/all", dir, lines);
+    expect_failure(2, arguments, 1, "/nowhere/at/all");
+}
+
+static void json_has_the_promised_keys(void **state)
+{
+    (void)state;
+    char arguments[9000], dir[4096];
+    write_lines("olmoe");
+    snprintf(dir, sizeof dir, "%s", support_data("olmoe"));
+    snprintf(arguments, sizeof arguments, "--model %s --input %s --greedy 4 --json", dir, in_scratch("lines.jsonl"));
+    score_or_fail(2, arguments);
+    const char *text = read_text("stdout");
+    assert_non_null(strstr(text, "\"prefill_tokens_per_s\":"));
+    assert_non_null(strstr(text, "\"decode_tokens_per_s\":"));
+    assert_int_equal(text[0], '{');
+}
+
+static int make_scratch(void **state)
+{
+    (void)state;
+    snprintf(scratch, sizeof scratch, "%s", support_scratch());
+    return 0;
+}
+
+static int remove_scratch(void **state)
+{
+    (void)state;
+    support_remove(scratch);
+    return 0;
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        {"mixtral: 1 to 4 ranks, every plan, exact and fixed: the same bits", mixtral_is_the_same, NULL, NULL, NULL},
+        {"olmoe: 1 to 4 ranks, every plan, exact and fixed: the same bits", olmoe_is_the_same, NULL, NULL, NULL},
+        {"qwen2_moe: 1 to 4 ranks, every plan, exact and fixed: the same bits", qwen2_is_the_same, NULL, NULL, NULL},
+        {"qwen3_moe: 1 to 4 ranks, every plan, exact and fixed: the same bits", qwen3_is_the_same, NULL, NULL, NULL},
+        {"rows in bf16 lose the same for every grouping", bf16_rows_are_grouped_alike, NULL, NULL, NULL},
+        {"mistakes get one sentence and the right exit code", mistakes_get_a_sentence, NULL, NULL, NULL},
+        {"--json prints one object with the promised keys", json_has_the_promised_keys, NULL, NULL, NULL},
+    };
+    return cmocka_run_group_tests_name("convoke-score", tests, make_scratch, remove_scratch);
+}
