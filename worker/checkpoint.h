@@ -34,7 +34,8 @@ typedef struct {
 } layer_weights;
 
 typedef struct {
-    weight_matrix embedding, head; /* [vocab][hidden]; head is the embedding where tied */
+    weight_matrix embedding, head; /* [vocab][hidden]; head has the embedding's data where tied (as transformers 5 ties: not where
+                                      both are stored and differ) */
     float *final_norm;             /* [hidden] */
     layer_weights *layers;         /* [n_layers] */
     size_t shared_bytes;           /* stored bytes that every rank uses */
@@ -46,12 +47,14 @@ typedef enum { WEIGHTS_MAP, WEIGHTS_COPY } weights_mode;
 
 typedef struct checkpoint checkpoint; /* open files; owns everything bound from it */
 
-/* Opens DIR: model.safetensors, or the shards model.safetensors.index.json names. `reference.safetensors` is not part of it. */
+/* Opens DIR: model.safetensors, or the shards model.safetensors.index.json names. `reference.safetensors` is not part of it.
+ * `config` is borrowed until checkpoint_close(). */
 status checkpoint_open(const char *dir, const model_config *config, checkpoint **out);
 void checkpoint_close(checkpoint *file); /* NULL is fine */
 
-/* `holds[layer * n_experts + e]`: whether this rank holds the expert; NULL: all. Checks all tensors, refuses NaN or infinity in
- * gates. *out stays valid until checkpoint_close(). */
+/* `holds[layer * n_experts + e]`: whether this rank holds the expert; NULL: all. Layers count from the model's first, dense ones
+ * included. Checks all tensors, refuses NaN or infinity in gates, norms and biases, and tensors left over that speak of arithmetic the
+ * config does not (a bias, a norm). Once per open checkpoint. *out stays valid until checkpoint_close(). */
 status checkpoint_bind(checkpoint *file, const unsigned char *holds, weights_mode mode, const model_weights **out);
 
 /* Bytes of weights in this process's memory right now: touched pages of the mapping, or the copies. */
