@@ -349,7 +349,8 @@ static status connect_node(group *g)
                             .ranks = g->rank_at + g->first_of_node[g->node],
                             .pids = g->pid_of_node_rank,
                             .host = g->host[g->rank],
-                            .job = g->peers.job};
+                            .job = g->peers.job,
+                            .tick = g->n_nodes > 1 ? group_mpi_look : NULL};
     TRY(agree_at_start(g, node_peers_open(&g->peers)));
     TRY(agree_at_start(g, create_board(g)));
     TRY(agree_at_start(g, g->window ? node_window_attach(g->window) : STATUS_OK));

@@ -47,6 +47,7 @@ bool  group_mpi_launched(void);
 status group_mpi_start(group *g, int *argc, char ***argv, int ranks_per_node); /* [all] fills in who is where */
 void  group_mpi_finish(group *g);                                             /* [all] */
 void  group_mpi_abort(group *g, int exit_code);
+void  group_mpi_look(void);                                         /* lets MPI do what it has to */
 status group_mpi_min_all(group *g, int value, int *out);            /* [all] before windows exist */
 status group_mpi_min(group *g, int value, int *out);                /* [firsts] */
 status group_mpi_broadcast(group *g, void *bytes, size_t size);     /* [firsts] */

@@ -152,6 +152,8 @@ static status sleep_on(node_event *event, uint32_t value, const node_peers *peer
             return STATUS_OK;
         if (futex(&event->value, FUTEX_WAIT, seen, &timeout) == 0 || errno == EAGAIN)
             continue;
+        if (peers->tick)
+            peers->tick();
         status st = node_peers_watch(peers, why, since);
         if (st != STATUS_OK) /* a peer may end after it has raised what we wait for */
             return node_event_reached(event, value) ? STATUS_OK : st;

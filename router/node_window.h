@@ -28,6 +28,7 @@ typedef struct {
     /* One word of the node, NULL until mapped: the first rank that reports a lost peer or a stop takes it; the others then end
      * quietly (STATUS_ELSEWHERE), so that a person reads one sentence. */
     _Atomic uint32_t *reported;
+    void (*tick)(void); /* NULL, or called now and then by who waits on an event */
 } node_peers;
 
 status node_peers_open(node_peers *peers);  /* opens pidfds; the other fields are filled in by the caller */
