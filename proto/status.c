@@ -13,6 +13,9 @@ status status_fail(status code, const char *format, ...)
     va_start(args, format);
     vsnprintf(text, sizeof text, format, args);
     va_end(args);
+    for (char *c = text; *c; c++) /* names come out of files: a line break in one must not make two lines of a sentence */
+        if ((unsigned char)*c < 0x20 || *c == 0x7f)
+            *c = '?';
     snprintf(message, sizeof message, "%s", text);
     return code;
 }

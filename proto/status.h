@@ -20,7 +20,7 @@ typedef enum {
     STATUS_ELSEWHERE,   /* another rank failed and says so itself: end quietly                     */
 } status;
 
-/* Writes the sentence (printf style; cut at 1 KiB) and returns `code`. */
+/* Writes the sentence (printf style; cut at 1 KiB; control characters become '?') and returns `code`. */
 status status_fail(status code, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
 /* The last sentence written on this thread; "" before the first. Valid until the next status_fail() on this thread. */
