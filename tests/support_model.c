@@ -56,7 +56,7 @@ static void submit(engine *e, const safetensors *reference, int i)
 {
     const tensor_view *prompt = tensor(reference, "prompt", i);
     engine_request r = {.id = (uint64_t)i, .prompt = prompt->data, .n_prompt = (int)prompt->shape[0],
-                        .max_new = (int)tensor(reference, "greedy", i)->shape[0], .sampling = {SAMPLING_NEUTRAL, .temperature = 0},
+                        .max_new = (int)tensor(reference, "greedy", i)->shape[0],
                         .want = ENGINE_WANT_LOGITS | ENGINE_WANT_CHOICES | ENGINE_IGNORE_EOS, .owner = -1};
     if (engine_submit(e, &r) != STATUS_OK)
         fail_msg("%s", status_message());

@@ -143,10 +143,10 @@ static status create_arrays(engine *e)
 static status create_routing(engine *e)
 {
     const model_config *c = e->parts.config;
-    routing_stats_shape shape = {.model = c->name, .n_experts = c->n_experts, .top_k = c->top_k, .n_layers = c->n_moe_layers,
-                                 .layer_numbers = e->parts.plan->layer_numbers, .n_domains = e->limits.n_domains,
-                                 .domains = e->limits.domains};
-    return routing_stats_create(&shape, &e->routing);
+    routing_shape shape = {.model = c->name, .n_experts = c->n_experts, .top_k = c->top_k, .n_layers = c->n_moe_layers,
+                           .layer_numbers = e->parts.plan->layer_numbers, .n_domains = e->limits.n_domains,
+                           .domains = e->limits.domains};
+    return routing_stats_create(&shape, true, &e->routing);
 }
 
 static status create_all(engine *e)
@@ -274,6 +274,8 @@ static status check_request(const engine *e, const engine_request *r)
     if (blocks > kv_cache_n_blocks(e->kv))
         return status_fail(STATUS_NO_MEMORY, "%d tokens need %d KV blocks, the budget of %zu bytes holds %d", request_length(r), blocks,
                            e->limits.kv_bytes, kv_cache_n_blocks(e->kv));
+    if (r->domain < 0 || r->domain >= e->limits.n_domains)
+        return status_fail(STATUS_BAD_INPUT, "domain %d, but there are only %d", r->domain, e->limits.n_domains);
     return sampling_params_check(&r->sampling, c->vocab);
 }
 
@@ -707,20 +709,21 @@ static void append_token(engine *e, sequence *s, const logit_job *job)
         finish_sequence(e, s, ENGINE_FINISH_LENGTH);
 }
 
-static void count_routing(engine *e)
+static status count_routing(engine *e)
 {
     const model_config *c = e->parts.config;
     size_t k = (size_t)c->top_k;
     for (int i = 0; i < e->n_spans; i++) {
         const batch_span *span = &e->spans[i];
         const sequence *s = &e->places[e->span_place[i]];
-        int phase = span->first_position >= s->n_prompt;
+        int phase = span->first_position >= s->n_prompt ? PHASE_DECODE : PHASE_PREFILL;
         for (int r = span->first_row; r < span->first_row + span->n_rows; r++) {
             for (size_t l = 0; l < (size_t)c->n_moe_layers; l++)
                 memcpy(e->row_choices + l * k, model_experts(e->model) + (l * (size_t)e->max_rows + (size_t)r) * k, k * sizeof *e->row_choices);
-            routing_stats_add(e->routing, s->domain, phase, e->row_choices);
+            TRY(routing_stats_add_row(e->routing, e->row_choices, s->domain, phase));
         }
     }
+    return STATUS_OK;
 }
 
 static status run_batch(engine *e)
@@ -736,7 +739,7 @@ static status run_batch(engine *e)
     if (e->report.failed)
         return status_fail(STATUS_NO_MEMORY, "no memory for a step's report");
     TRY(run_jobs(e));
-    count_routing(e);
+    TRY(count_routing(e));
     for (int i = 0; i < e->n_spans; i++) {
         sequence *s = &e->places[e->span_place[i]];
         s->n_done += e->spans[i].n_rows;

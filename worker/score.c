@@ -1,6 +1,7 @@
 #include "worker/score.h"
 
 #include "placement/routing_trace.h"
+#include "proto/bytes.h"
 #include "proto/safetensors.h"
 
 #include <stdio.h>
@@ -150,10 +151,10 @@ static status open_logits(score *s)
 static status open_trace(score *s)
 {
     const plan *p = runtime_plan(s->runtime);
-    routing_trace_shape shape = {.model = s->config.name, .n_experts = s->config.n_experts, .top_k = s->config.top_k,
-                                 .n_layers = s->config.n_moe_layers, .layer_numbers = p->layer_numbers,
-                                 .n_domains = s->n_domains, .domains = s->domains};
-    return routing_trace_create(s->options->routing_path, &shape, &s->trace);
+    routing_shape shape = {.model = s->config.name, .n_experts = s->config.n_experts, .top_k = s->config.top_k,
+                           .n_layers = s->config.n_moe_layers, .layer_numbers = p->layer_numbers, .n_domains = s->n_domains,
+                           .domains = s->domains};
+    return routing_trace_writer_create(s->options->routing_path, &shape, &s->trace);
 }
 
 static status open_outputs(score *s)
@@ -185,7 +186,7 @@ static status close_outputs(score *s)
     if (s->writer)
         TRY(safetensors_writer_finish(s->writer));
     if (s->trace)
-        TRY(routing_trace_finish(s->trace));
+        TRY(routing_trace_writer_finish(s->trace));
     return s->options->stats_path ? routing_stats_write(s->routing, s->options->stats_path) : STATUS_OK;
 }
 
@@ -221,8 +222,10 @@ static status take_rows(score *s, int line, const engine_event *event)
     if (event->experts && s->writer && !event->decode)
         keep_choices(s, line, event);
     for (size_t r = 0; event->experts && s->trace && r < (size_t)event->n_rows; r++)
-        TRY(routing_trace_add(s->trace, line, event->first_position + (int)r, event->decode, line_domain(s, line),
-                              event->experts + r * per_row, event->weights + r * per_row));
+        TRY(routing_trace_writer_add(s->trace, &(routing_row){.experts = event->experts + r * per_row, .weights = event->weights + r * per_row,
+                                                              .sequence = line, .position = event->first_position + (int)r,
+                                                              .phase = event->decode ? PHASE_DECODE : PHASE_PREFILL,
+                                                              .domain = line_domain(s, line)}));
     return STATUS_OK;
 }
 
@@ -243,7 +246,7 @@ static status submit_all(score *s)
     for (int i = 0; i < s->lines.n_lines; i++) {
         const token_line *line = &s->lines.lines[i];
         engine_request r = {.id = (uint64_t)i, .prompt = line->ids, .n_prompt = line->n_ids, .max_new = s->options->greedy,
-                            .sampling = {SAMPLING_NEUTRAL, .temperature = 0}, .want = ENGINE_WANT_SCORE | ENGINE_IGNORE_EOS,
+                            .want = ENGINE_WANT_SCORE | ENGINE_IGNORE_EOS,
                             .domain = line_domain(s, i), .owner = -1};
         r.want |= s->options->logits_path ? ENGINE_WANT_LOGITS | ENGINE_WANT_CHOICES : 0;
         r.want |= s->options->routing_path ? ENGINE_WANT_CHOICES : 0;
@@ -304,24 +307,24 @@ static void describe_rank(const score *s, score_rank *out)
 static status gather_routing(score *s)
 {
     const void **parts = calloc((size_t)group_size(s->group), sizeof *parts);
-    size_t *sizes = calloc((size_t)group_size(s->group), sizeof *sizes), size = 0;
-    void *mine = NULL;
-    status st = parts && sizes ? routing_stats_pack(engine_routing(runtime_engine(s->runtime)), &mine, &size)
+    size_t *sizes = calloc((size_t)group_size(s->group), sizeof *sizes);
+    bytes_writer mine = {0};
+    status st = parts && sizes ? routing_stats_pack(engine_routing(runtime_engine(s->runtime)), &mine)
                                : status_fail(STATUS_NO_MEMORY, "no memory to gather the routing statistics");
     TRY_GOTO(group_agree(s->group, st), out);
-    TRY_GOTO(group_gather(s->group, mine, size, parts, sizes), out);
+    TRY_GOTO(group_gather(s->group, mine.data, mine.size, parts, sizes), out);
     for (int r = 0; r < group_size(s->group) && group_rank(s->group) == 0; r++)
-        TRY_GOTO(routing_stats_unpack_add(s->routing, parts[r], sizes[r]), out);
+        TRY_GOTO(routing_stats_add_packed(s->routing, parts[r], sizes[r]), out);
 out:
     free(parts);
     free(sizes);
-    free(mine);
+    bytes_clear(&mine);
     return st;
 }
 
 static status create_total(score *s)
 {
-    return routing_stats_create_like(engine_routing(runtime_engine(s->runtime)), &s->routing);
+    return routing_stats_create(routing_stats_shape(engine_routing(runtime_engine(s->runtime))), true, &s->routing);
 }
 
 /* Every rank's account to rank 0, which prints. */
@@ -395,7 +398,7 @@ static void clear(score *s)
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         free(all[i]);
     safetensors_writer_destroy(s->writer);
-    routing_trace_destroy(s->trace);
+    routing_trace_writer_destroy(s->trace);
     routing_stats_destroy(s->routing);
     runtime_destroy(s->runtime);
     token_lines_clear(&s->lines);

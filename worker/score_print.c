@@ -140,13 +140,15 @@ static void print_balance(const score_summary *s)
 static void print_hot_experts(const score_summary *s)
 {
     int layers = s->config->n_moe_layers, n = s->config->n_experts;
-    for (int d = 0; d < s->lines->n_domains && layers > 0; d++) {
+    uint64_t *count = calloc((size_t)layers * (size_t)n + 1, sizeof *count);
+    for (int d = 0; d < s->lines->n_domains && count; d++) {
+        routing_stats_sum_tokens(s->routing, d, -1, count);
         printf("experts   %-10s busiest by layer:", s->lines->domains[d]);
         for (int l = 0; l < layers && l < 12; l++) {
             int best = 0;
-            unsigned long long most = 0, sum = 0;
+            uint64_t most = 0, sum = 0;
             for (int e = 0; e < n; e++) {
-                unsigned long long x = routing_stats_tokens(s->routing, d, 0, l, e) + routing_stats_tokens(s->routing, d, 1, l, e);
+                uint64_t x = count[(size_t)l * (size_t)n + (size_t)e];
                 sum += x;
                 if (x > most) {
                     most = x;
@@ -157,6 +159,7 @@ static void print_hot_experts(const score_summary *s)
         }
         putchar('\n');
     }
+    free(count);
 }
 
 static void print_memory(const score_summary *s)
