@@ -87,10 +87,10 @@ static size_t align_line(size_t bytes)
 static size_t most_message_bytes(const exchange *x, int node_size)
 {
     const exchange_shape *s = &x->shape;
-    return align_line(sizeof(rows_head) + (size_t)node_size * sizeof(packet_place) +
-                      packet_max_rows(s->max_rows, s->top_k, node_size) * sizeof(packet_row) +
-                      packet_max_entries(s->max_rows, s->top_k) * sizeof(packet_entry)) +
-           (size_t)s->max_rows * x->row_bytes;
+    size_t records = sizeof(rows_head) + (size_t)node_size * sizeof(packet_place) +
+                     packet_max_rows(s->max_rows, s->top_k, node_size) * sizeof(packet_row) +
+                     packet_max_entries(s->max_rows, s->top_k) * sizeof(packet_entry);
+    return align_line(align_line(records) + (size_t)s->max_rows * x->row_bytes);
 }
 
 static size_t most_result_bytes(const exchange *x)
