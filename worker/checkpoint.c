@@ -1,13 +1,13 @@
 /* checkpoint.c - opens the shards, checks every tensor's header, binds the weights, and sees to it that a rank's memory holds its own
  * share only.
  *
- * Mapped weights: Linux answers a page fault with the 16 pages around it (when the page cache has them), and reads ahead from
- * disk beyond that. Left alone, a rank would so take in the edges of its neighbours' experts, which for small experts is most
- * of them. A fault never maps beyond its memory area, though, so each stretch that this rank does not need is made an
- * area of its own by a different advice:
+ * Mapped weights: Linux answers a page fault with the 16 pages around it (when the page cache has them), and reads up to
+ * megabytes ahead from disk. Left alone, a rank would so take in the edges of its neighbours' experts, which for small experts is
+ * most of them. A fault never maps beyond its memory area, though, and advice splits areas; so all is RANDOM (nothing is read ahead) but
+ * the stretches that this rank needs, each of which becomes an area of its own:
  *
  *     file   | header | shared tensors | expert 0 | expert 1 | expert 2 | ...        this rank holds expert 1
- *     advice |        | WILLNEED       | RANDOM   | WILLNEED | RANDOM   |
+ *     advice | RANDOM | WILLNEED       | RANDOM   | WILLNEED | RANDOM   |
  *
  * Copied weights: one anonymous area for everything bound; the source pages are given back as the copy proceeds. */
 #include "worker/checkpoint.h"
@@ -222,6 +222,24 @@ void checkpoint_close(checkpoint *ck)
     free(ck);
 }
 
+/* ---- advice to the system, on whole pages ---- */
+
+/* Advice only: where the system takes none of it, everything works, with more memory or more reading. */
+static void advise(const void *from, size_t n, int advice)
+{
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), begin = (uintptr_t)from & ~(page - 1), end = (uintptr_t)from + n;
+    madvise((void *)begin, (end - begin + page - 1) & ~(page - 1), advice);
+}
+
+static void advise_shards(const checkpoint *ck, int advice)
+{
+    for (int s = 0; s < ck->n_shards; s++) {
+        size_t size;
+        const void *map = safetensors_mapping(ck->shards[s].file, &size);
+        advise(map, size, advice);
+    }
+}
+
 /* ---- finding and checking one tensor ---- */
 
 /* A zeroed block that lives as long as the checkpoint. */
@@ -362,6 +380,7 @@ static status bind_vector(checkpoint *ck, const char *name, int n, float **out)
     TRY(find_checked(ck, name, n, 0, &view, &format));
     mark(ck, view, true);
     TRY(own_block(ck, (size_t)n, sizeof **out, out));
+    advise(view->data, view->n_bytes, MADV_WILLNEED);
     weights_to_f32(format, view->data, (size_t)n, *out);
     ck->weights.total_bytes += view->n_bytes;
     ck->weights.shared_bytes += view->n_bytes;
@@ -376,8 +395,9 @@ static status bind_gate(checkpoint *ck, const char *name, int n_out, int n_in, w
     if (!row)
         return status_fail(STATUS_NO_MEMORY, "%s: no memory to check tensor %s", ck->dir, name);
     status st = STATUS_OK;
+    size_t row_bytes = (size_t)n_in * weight_format_size(out->format);
+    advise(out->data, (size_t)n_out * row_bytes, MADV_WILLNEED);
     for (int i = 0; i < n_out && st == STATUS_OK; i++) {
-        size_t row_bytes = (size_t)n_in * weight_format_size(out->format);
         weights_to_f32(out->format, (const char *)out->data + (size_t)i * row_bytes, (size_t)n_in, row);
         st = refuse_infinite(ck, name, row, (size_t)n_in, (size_t)i * (size_t)n_in);
     }
@@ -498,6 +518,15 @@ static status bind_layer(checkpoint *ck, int l, const unsigned char *holds, laye
                                 : STATUS_OK;
 }
 
+static bool same_bytes(const tensor_view *a, const tensor_view *b)
+{
+    if (a->dtype != b->dtype || a->n_bytes != b->n_bytes)
+        return false;
+    advise(a->data, a->n_bytes, MADV_WILLNEED);
+    advise(b->data, b->n_bytes, MADV_WILLNEED);
+    return !memcmp(a->data, b->data, a->n_bytes);
+}
+
 /* Tied embeddings as transformers 5 ties them: a stored head that differs from the embedding is used as it is; where only one of the two
  * is stored it serves as both. */
 static status bind_embeddings(checkpoint *ck)
@@ -515,8 +544,7 @@ static status bind_embeddings(checkpoint *ck)
     w->head = w->embedding;
     if (c->tied_embeddings && !(has_embedding && has_head))
         return STATUS_OK;
-    if (c->tied_embeddings && head->dtype == embedding->dtype && head->n_bytes == embedding->n_bytes &&
-        !memcmp(head->data, embedding->data, head->n_bytes)) {
+    if (c->tied_embeddings && same_bytes(embedding, head)) {
         find_tensor(ck, head_name, &head);
         mark(ck, head, false);
         return STATUS_OK;
@@ -617,11 +645,12 @@ static void advise_stretch(char *begin, char *end, bool ours, void *context)
     const bool *will_need = context;
     size_t n = (size_t)(end - begin);
     if (!ours) {
-        madvise(begin, n, MADV_RANDOM);
         madvise(begin, n, MADV_DONTNEED); /* what faults while binding brought in beside their target */
-    } else if (*will_need) {
-        madvise(begin, n, MADV_WILLNEED);
+        return;
     }
+    madvise(begin, n, MADV_NORMAL);
+    if (*will_need)
+        madvise(begin, n, MADV_WILLNEED);
 }
 
 static size_t memory_available(void)
@@ -637,7 +666,6 @@ static size_t memory_available(void)
     return (size_t)kib * 1024;
 }
 
-/* Advice only: where the system takes none of it, everything works, with more memory. */
 static void advise_mapping(const checkpoint *ck)
 {
     size_t page = (size_t)sysconf(_SC_PAGESIZE), min_gap = page;
@@ -702,15 +730,14 @@ static status count_matrix(checkpoint *ck, weight_matrix *m)
 
 static status copy_matrix(checkpoint *ck, weight_matrix *m)
 {
-    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), from = (uintptr_t)m->data;
     size_t n = matrix_bytes(m);
+    const void *from = m->data;
     unsigned char *to = ck->copy + ck->copy_used;
-    memcpy(to, m->data, n);
+    advise(from, n, MADV_WILLNEED);
+    memcpy(to, from, n);
+    advise(from, n, MADV_DONTNEED); /* stays in the page cache for other ranks, but counts for this one no more */
     m->data = to;
     ck->copy_used += (n + COPY_ALIGN - 1) / COPY_ALIGN * COPY_ALIGN;
-    /* the source's pages stay in the page cache for other ranks, but count for this one no more */
-    uintptr_t begin = from & ~(page - 1), end = (from + n + page - 1) & ~(page - 1);
-    madvise((void *)begin, end - begin, MADV_DONTNEED);
     return STATUS_OK;
 }
 
@@ -727,11 +754,7 @@ static status copy_weights(checkpoint *ck)
     madvise(area, ck->copy_size, MADV_HUGEPAGE);
     TRY(for_each_matrix(ck, copy_matrix));
     assert(ck->copy_used == ck->copy_size);
-    for (int s = 0; s < ck->n_shards; s++) { /* and what was mapped beside the copied bytes */
-        size_t size;
-        const void *map = safetensors_mapping(ck->shards[s].file, &size);
-        madvise((void *)(uintptr_t)map, size, MADV_DONTNEED);
-    }
+    advise_shards(ck, MADV_DONTNEED); /* and what was mapped beside the copied bytes */
     return STATUS_OK;
 }
 
@@ -741,6 +764,8 @@ status checkpoint_bind(checkpoint *ck, const unsigned char *holds, weights_mode 
 {
     assert(!ck->bound); /* once only: the weights handed out live in `ck` */
     ck->bound = true;
+    /* Binding reads a few small tensors all over the file: no reading ahead beside them. */
+    advise_shards(ck, MADV_RANDOM);
     TRY(bind_all(ck, holds));
     TRY(refuse_leftovers(ck));
     if (mode == WEIGHTS_COPY)
