@@ -1,7 +1,7 @@
 /* group_mpi.c - the group's words between nodes, and MPI's start and end. One of the two files that see mpi.h.
  *
- * MPI waits by burning a core, so nothing here blocks in MPI after the start: requests are tested, with sleeps of up to a
- * millisecond between, and the wait ends when a peer of the node dies or this rank is told to stop. */
+ * MPI waits by burning a core, so nothing here blocks in MPI after the start: requests are tested, with sleeps of up to four
+ * milliseconds between, and the wait ends when a peer of the node dies or this rank is told to stop. */
 #include "router/group_internal.h"
 
 #include <mpi.h>
@@ -13,7 +13,7 @@
 #include <sys/random.h>
 #include <unistd.h>
 
-#define LONGEST_SLEEP_US 1000u
+#define LONGEST_SLEEP_US 4000u
 #define PIECE_BYTES ((size_t)64 << 20) /* MPI counts are ints */
 #define REPORT_TAG 1
 

@@ -193,9 +193,10 @@ status node_backoff_pause(node_backoff *backoff, bool spin, unsigned max_us, con
         backoff->watched = now;
         TRY(node_peers_watch(peers, why, backoff->since));
     }
-    unsigned doublings = (turn - spins - YIELD_TURNS) / 8;
-    unsigned us = doublings < 10 ? 10u << doublings : max_us;
-    nanosleep(&(struct timespec){.tv_nsec = 1000L * (long)(us < max_us ? us : max_us)}, NULL);
+    /* A sixteenth of the time waited so far: what the sleep adds to the wait stays small, and a long wait costs little. */
+    double us = 1e6 * (now - backoff->since) / 16;
+    us = us < 10 ? 10 : us > max_us ? max_us : us;
+    nanosleep(&(struct timespec){.tv_nsec = (long)(1e3 * us)}, NULL);
     return STATUS_OK;
 }
 

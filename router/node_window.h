@@ -63,8 +63,8 @@ bool node_event_reached(const node_event *event, uint32_t value);
 /* Waits until it has. `spin`: look for some microseconds before sleeping; only where no other thread wants the core. */
 status node_event_wait(node_event *event, uint32_t value, bool spin, const node_peers *peers, const wait_reason *why);
 
-/* For waits that must poll (MPI): pauses, longer each time: spins if allowed, gives the core away, then sleeps 10 us and up to
- * max_us, and keeps watch. Start with a zeroed one. */
+/* For waits that must poll (MPI): pauses, longer and longer: spins if allowed, gives the core away, then sleeps a sixteenth of the
+ * time waited, 10 us to max_us, and keeps watch. Start with a zeroed one. */
 typedef struct {
     unsigned turns;
     double since, watched;

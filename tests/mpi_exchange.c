@@ -1,6 +1,7 @@
 /* mpi_exchange.c - layers of random rows and routes over many ranks, checked: started under mpirun by ctest.
  *
  *   mpi_exchange LAYERS RANKS_PER_NODE [SEED]     all modes, formats and some top-k; LAYERS of each
+ *   mpi_exchange roomy RANKS_PER_NODE             one layer of a shape that wants some 10 MB of /dev/shm
  *   mpi_exchange forever RANKS_PER_NODE           one shape until something ends it; says "running" on stdout when it is under way */
 #include "proto/log.h"
 #include "tests/support_exchange.h"
@@ -83,6 +84,10 @@ static status run(group *g, int argc, char **argv)
 {
     if (argc > 1 && strcmp(argv[1], "forever") == 0)
         return forever(g);
+    if (argc > 1 && strcmp(argv[1], "roomy") == 0) {
+        exchange_shape shape = {.hidden = 1024, .top_k = 2, .max_rows = 512, .n_threads = 1, .combine = COMBINE_FIXED};
+        return check_shape_of(g, &shape, 1, 1);
+    }
     return all_shapes(g, argc > 1 ? atoi(argv[1]) : 20, argc > 3 ? strtoull(argv[3], NULL, 10) : 1);
 }
 
