@@ -244,7 +244,7 @@ static void mistakes_get_a_sentence(void **state)
     snprintf(arguments, sizeof arguments, "--model %s --input %s/none.jsonl", dir, dir);
     expect_failure(2, arguments, 1, "none.jsonl");
     snprintf(arguments, sizeof arguments, "--model %s --input %s --greedy 2040", dir, lines);
-    expect_failure(2, arguments, 1, "line 2");
+    expect_failure(2, arguments, 1, "line 3");
     write_plan("mixtral", 3, 0, 1, in_scratch("plan.json"));
     snprintf(arguments, sizeof arguments, "--model %s --input %s --plan %s", dir, lines, in_scratch("plan.json"));
     expect_failure(2, arguments, 1, "plan.json");
