@@ -185,7 +185,8 @@ static status read_attention(const cJSON *json, const char *where, model_config 
     return STATUS_OK;
 }
 
-/* Published as num_experts or num_local_experts, and transformers takes each for the other. */
+/* Published as num_experts or num_local_experts; transformers takes each for the other (but for qwen2_moe, where it would go on with
+ * 60 and then miss tensors). */
 static status read_n_experts(const cJSON *json, const char *where, model_config *c)
 {
     int a = 0, b = 0;

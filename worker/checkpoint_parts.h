@@ -1,0 +1,49 @@
+/* checkpoint_parts.h - what the three files of the checkpoint share; for them alone.
+ *
+ * checkpoint_files.c opens and finds, checkpoint.c checks and binds, checkpoint_memory.c decides what is in memory. */
+#ifndef CONVOKE_WORKER_CHECKPOINT_PARTS_H
+#define CONVOKE_WORKER_CHECKPOINT_PARTS_H
+
+#include "proto/safetensors.h"
+#include "worker/checkpoint.h"
+
+/* What a tensor of the file is to this rank. */
+enum { TENSOR_UNKNOWN, TENSOR_ELSEWHERE, TENSOR_OURS };
+
+typedef struct {
+    safetensors *file;
+    unsigned char *use; /* [tensors of the file] */
+} shard;
+
+struct checkpoint {
+    char *dir;
+    const model_config *config; /* borrowed */
+    shard *shards;
+    int n_shards, last_shard; /* where the last tensor was found: its neighbours are mostly there too */
+    model_weights weights;
+    void **owned; /* blocks to free */
+    int n_owned, room_owned;
+    unsigned char *copy; /* copy mode: the anonymous area */
+    size_t copy_size, copy_used;
+    bool bound;
+};
+
+/* ---- checkpoint_files.c ---- */
+
+/* Opens what ck->dir holds; an index and its shards must agree. */
+status checkpoint_open_files(checkpoint *ck);
+/* The shard of a tensor, or -1; *view is set when it is there. */
+int checkpoint_find(checkpoint *ck, const char *name, const tensor_view **view);
+
+/* ---- checkpoint_memory.c ---- */
+
+/* madvise() on the whole pages around a range, and on all of the files. Advice only: where the system takes none of it, everything
+ * works, with more memory or more reading. */
+void checkpoint_advise(const void *from, size_t n, int advice);
+void checkpoint_advise_all(const checkpoint *ck, int advice);
+/* When all is bound: keeps the mapping to this rank's tensors. */
+void checkpoint_keep_own(const checkpoint *ck);
+/* Or copies what is bound, and points the weights at the copies. */
+status checkpoint_copy(checkpoint *ck);
+
+#endif
