@@ -26,7 +26,7 @@ static const char *in_scratch(const char *name)
 /* Runs convoke-score on `ranks` ranks; stdout and stderr go to files in the scratch folder. Returns the exit code. */
 static int run_score(int ranks, const char *arguments)
 {
-    char command[9000], runner[4096];
+    char command[20000], runner[4096];
     snprintf(runner, sizeof runner, "%s", support_source("tests/run_mpi.sh"));
     if (ranks == 0)
         snprintf(command, sizeof command, "%s %s > %s 2> %s", support_binary("convoke-score"), arguments, in_scratch("stdout"), in_scratch("stderr"));
@@ -157,7 +157,7 @@ static double compare_with_reference(const char *family, const char *path)
 
 static void score_family(int ranks, const char *family, const char *more, const char *out)
 {
-    char arguments[8192], dir[4096];
+    char arguments[16384], dir[4096];
     snprintf(dir, sizeof dir, "%s", support_data(family));
     snprintf(arguments, sizeof arguments, "--model %s --input %s --greedy 24 --threads 1 --logits %s %s", dir, in_scratch("lines.jsonl"), out, more);
     score_or_fail(ranks, arguments);
@@ -254,6 +254,84 @@ static void mistakes_get_a_sentence(void **state)
     expect_failure(2, arguments, 1, "/nowhere/at/all");
 }
 
+/* A number behind "key": in one line of JSON. */
+static double number_after(const char *line, const char *key)
+{
+    const char *at = strstr(line, key);
+    return at ? atof(at + strlen(key)) : NAN;
+}
+
+/* The greedy tokens of one line of expected.jsonl, as text between its brackets. */
+static void list_after(const char *line, const char *key, char *out, size_t size)
+{
+    const char *at = strstr(line, key);
+    assert_non_null(at);
+    at += strlen(key);
+    size_t n = 0;
+    for (; *at && *at != ']' && n + 1 < size; at++)
+        if (*at != ' ')
+            out[n++] = *at;
+    out[n] = '\0';
+}
+
+/* texts.jsonl cut after 32 tokens, as expected.jsonl continues them. */
+static void write_beginnings(void)
+{
+    FILE *in = fopen(support_source("deploy/models/convoke-demo/texts.jsonl"), "r"), *out = fopen(in_scratch("short.jsonl"), "w");
+    static char line[1 << 16];
+    assert_non_null(in);
+    while (fgets(line, sizeof line, in)) {
+        char *ids = strstr(line, "\"token_ids\": ["), *at = ids;
+        for (int commas = 0; *at && *at != ']' && commas < 32; at++)
+            commas += *at == ',';
+        if (*at != ']')
+            at[-1] = '\0'; /* at the 32nd comma */
+        else
+            *at = '\0';
+        fprintf(out, "{%s]}\n", ids);
+    }
+    fclose(in);
+    fclose(out);
+}
+
+/* Two ranks of two threads: rows enough for every parallel path. */
+static void bundled_model_scores_as_transformers(void **state)
+{
+    (void)state;
+    char arguments[9000], model[4096], want[4096], got[4096];
+    snprintf(model, sizeof model, "%s", support_source("deploy/models/convoke-demo"));
+    snprintf(arguments, sizeof arguments, "--model %s --input %s/texts.jsonl --threads 2 --json", model, model);
+    score_or_fail(2, arguments);
+    const char *scored = read_text("stdout");
+    FILE *expected = fopen(support_source("deploy/models/convoke-demo/expected.jsonl"), "r");
+    char line[4096];
+    double worst = 0;
+    int n = 0;
+    while (fgets(line, sizeof line, expected)) {
+        scored = strstr(scored, "\"mean_nll\":");
+        assert_non_null(scored);
+        double d = fabs(number_after(scored, "\"mean_nll\":") - number_after(line, "\"mean_nll\": "));
+        worst = d <= worst ? worst : d;
+        scored += 4;
+        n++;
+    }
+    print_message("%d texts: mean nll within %.2g of transformers\n", n, worst);
+    assert_true(n == 37 && worst < 2e-5); /* five digits are written there */
+    write_beginnings();
+    snprintf(arguments, sizeof arguments, "--model %s --input %s --threads 1 --greedy 32 --json", model, in_scratch("short.jsonl"));
+    score_or_fail(2, arguments);
+    scored = read_text("stdout");
+    rewind(expected);
+    while (fgets(line, sizeof line, expected)) {
+        scored = strstr(scored, "\"greedy\":[");
+        list_after(line, "\"greedy_after_32\": [", want, sizeof want);
+        list_after(scored, "\"greedy\":[", got, sizeof got);
+        assert_string_equal(got, want);
+        scored += 4;
+    }
+    fclose(expected);
+}
+
 static void json_has_the_promised_keys(void **state)
 {
     (void)state;
@@ -291,6 +369,7 @@ int main(void)
         {"qwen3_moe: 1 to 4 ranks, every plan, exact and fixed: the same bits", qwen3_is_the_same, NULL, NULL, NULL},
         {"rows in bf16 lose the same for every grouping", bf16_rows_are_grouped_alike, NULL, NULL, NULL},
         {"mistakes get one sentence and the right exit code", mistakes_get_a_sentence, NULL, NULL, NULL},
+        {"the bundled model scores and continues its texts as transformers does", bundled_model_scores_as_transformers, NULL, NULL, NULL},
         {"--json prints one object with the promised keys", json_has_the_promised_keys, NULL, NULL, NULL},
     };
     return cmocka_run_group_tests_name("convoke-score", tests, make_scratch, remove_scratch);

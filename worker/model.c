@@ -462,7 +462,7 @@ static void pass_combine(void *arg, int thread, int n_threads)
     size_t hidden = (size_t)m->parts.config->hidden;
     int first, last;
     my_rows(m, thread, n_threads, &first, &last);
-    exchange_combine(m->exchange, first, last, m->y + (size_t)first * hidden, hidden);
+    exchange_combine(m->exchange, first, last, m->y, hidden);
     bool shared = m->parts.config->shared_inter > 0;
     for (size_t i = (size_t)first * hidden; i < (size_t)last * hidden; i++)
         m->h[i] += shared ? m->y[i] + m->shared[i] : m->y[i];
