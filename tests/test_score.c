@@ -306,7 +306,7 @@ static void bundled_model_scores_as_transformers(void **state)
     FILE *expected = fopen(support_source("deploy/models/convoke-demo/expected.jsonl"), "r");
     char line[4096];
     double worst = 0;
-    int n = 0;
+    int n = 0, n_whole = 0;
     while (fgets(line, sizeof line, expected)) {
         scored = strstr(scored, "\"mean_nll\":");
         assert_non_null(scored);
@@ -326,9 +326,13 @@ static void bundled_model_scores_as_transformers(void **state)
         scored = strstr(scored, "\"greedy\":[");
         list_after(line, "\"greedy_after_32\": [", want, sizeof want);
         list_after(scored, "\"greedy\":[", got, sizeof got);
-        assert_string_equal(got, want);
+        /* A text shorter than 32 tokens has part of its continuation inside those 32: what is listed is the rest. */
+        assert_true(strlen(got) >= strlen(want));
+        assert_string_equal(got + strlen(got) - strlen(want), want);
+        n_whole += strlen(got) == strlen(want);
         scored += 4;
     }
+    assert_true(n_whole >= 35);
     fclose(expected);
 }
 
