@@ -150,7 +150,8 @@ static status sleep_on(node_event *event, uint32_t value, const node_peers *peer
         uint32_t seen = atomic_load(&event->value);
         if ((int32_t)(seen - value) >= 0)
             return STATUS_OK;
-        if (futex(&event->value, FUTEX_WAIT, seen, &timeout) == 0 || errno == EAGAIN)
+        /* Ranks that keep each other busy never sleep to the timeout: the flag is looked at before every sleep. */
+        if (!stop_requested && (futex(&event->value, FUTEX_WAIT, seen, &timeout) == 0 || errno == EAGAIN))
             continue;
         if (peers->tick)
             peers->tick();
@@ -178,11 +179,11 @@ status node_backoff_pause(node_backoff *backoff, bool spin, unsigned max_us, con
 {
     unsigned turn = backoff->turns++;
     unsigned spins = spin ? SPIN_TURNS / 8 : 0; /* each turn of a polling wait also looks into MPI */
-    if (turn < spins) {
+    if (!stop_requested && turn < spins) {
         cpu_relax();
         return STATUS_OK;
     }
-    if (turn < spins + YIELD_TURNS) {
+    if (!stop_requested && turn < spins + YIELD_TURNS) {
         sched_yield();
         return STATUS_OK;
     }

@@ -5,7 +5,9 @@ set -u
 program=$1
 here=$(dirname "$0")
 out=$(mktemp)
-trap 'rm -f "$out"' EXIT
+pids= job=
+trap 'kill -9 $pids $job 2>/dev/null; rm -f "$out"' EXIT
+export CONVOKE_MPI_SECONDS=60
 
 fail()
 {
