@@ -4,6 +4,8 @@
 #ifndef CONVOKE_TESTS_AVX512_EMULATED_H
 #define CONVOKE_TESTS_AVX512_EMULATED_H
 
+#include "worker/kernels_tables.h" /* before its names are changed below */
+
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>
 #include <simde/x86/f16c.h>

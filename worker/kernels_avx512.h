@@ -5,9 +5,7 @@
 #include "worker/kernels_tables.h"
 
 #include <math.h>
-#if defined(CONVOKE_EMULATE_AVX512)
-#include "tests/avx512_emulated.h"
-#else
+#if !defined(CONVOKE_EMULATE_AVX512) /* tests put an emulation in front of this file */
 #include <immintrin.h>
 #endif
 
