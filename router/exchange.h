@@ -41,9 +41,10 @@ typedef struct {
 } exchange_incoming;
 
 typedef struct {
-    const unsigned long long *rows_to_rank; /* [group size] rows sent to each rank since start, own rank included */
-    unsigned long long bytes_same_rank, bytes_same_node, bytes_cross_node; /* row bytes out, dispatch */
-    unsigned long long return_bytes_same_node, return_bytes_cross_node;    /* result bytes sent home, combine */
+    const unsigned long long *rows_to_rank; /* [group size] rows asked of each rank since start, own rank included */
+    unsigned long long bytes_same_rank, bytes_same_node, bytes_cross_node; /* row bytes out, dispatch; between nodes once per node */
+    /* Result bytes sent home, combine, counted by the sender (between nodes by the one rank that sums); without spills. */
+    unsigned long long return_bytes_same_node, return_bytes_cross_node;
     unsigned long long header_bytes;      /* packets and counts */
     unsigned long long spills, spilled_rows, combined_rows; /* fixed: elements out of range, rows having any, rows in all */
     double wait_seconds;                  /* in exchange_wait and _wait_results */
@@ -53,11 +54,12 @@ typedef struct exchange exchange;
 
 /* [all] Picks exchange_self for one rank, exchange_mpi otherwise; sizes all buffers. Fails with a sentence when /dev/shm is too small. */
 status exchange_create(group *g, const exchange_shape *shape, exchange **out);
-void exchange_destroy(exchange *x); /* NULL is fine */
+void exchange_destroy(exchange *x); /* [all] NULL is fine. After a lost peer: group_abort() instead */
 const char *exchange_name(const exchange *x); /* "self", "mpi" */
 size_t exchange_buffer_bytes(const exchange *x); /* memory this rank set aside */
 
-/* Where the owner writes its rows for the next send: fp32 [max_rows] rows, *row_stride floats apart. May be written by any thread. */
+/* Where the owner writes its rows for the next send: fp32 [max_rows] rows, *row_stride floats apart. May be written by any thread, from
+ * exchange_wait_results() (others read the last send's rows until then) to exchange_send(). The pointer never changes. */
 float *exchange_rows(exchange *x, size_t *row_stride);
 
 /* [all] Starts a layer: this rank's n_rows rows with routes [n_rows][top_k] and exponents [n_rows] (fixed; else NULL). Returns at once. */
@@ -72,7 +74,7 @@ spill_list *exchange_spills(exchange *x, int thread, int source);
 status exchange_return(exchange *x);
 /* [all] All results for own rows are home. */
 status exchange_wait_results(exchange *x);
-/* Rows [first, last) of the last send, combined into out (row r at out + r * out_stride, overwritten; a row without routes becomes
+/* After exchange_wait_results(), before the next exchange_send(). Rows [first, last) of the last send, combined into out (row r at out + r * out_stride, overwritten; a row without routes becomes
  * zeros). Any thread, disjoint rows. */
 void exchange_combine(exchange *x, int first, int last, float *out, size_t out_stride);
 
