@@ -20,6 +20,7 @@
 struct group_links {
     MPI_Comm world;  /* ours: the application's errors must not meet another library's messages */
     MPI_Comm firsts; /* the first rank of each node, in node order; MPI_COMM_NULL elsewhere */
+    int mine, low;   /* operands of a minimum: they outlive a wait that is given up */
 };
 
 /* What every rank tells all others at start. */
@@ -221,10 +222,11 @@ status group_mpi_min_all(group *g, int value, int *out)
 status group_mpi_min(group *g, int value, int *out)
 {
     MPI_Request request;
-    int low;
-    TRY_MPI(g->rank, MPI_Iallreduce, (&value, &low, 1, MPI_INT, MPI_MIN, g->links->firsts, &request));
+    group_links *l = g->links;
+    l->mine = value;
+    TRY_MPI(g->rank, MPI_Iallreduce, (&l->mine, &l->low, 1, MPI_INT, MPI_MIN, l->firsts, &request));
     TRY(finish(g, &request, "MPI_Iallreduce"));
-    *out = low;
+    *out = l->low;
     return STATUS_OK;
 }
 
