@@ -23,6 +23,7 @@ typedef struct {
 typedef struct {
     const mlp_weights *weights;
     int first, n_rows;
+    long cost, cost_before; /* of one column; of one column of all segments before it */
 } segment;
 
 struct experts {
@@ -139,18 +140,20 @@ static int cut_columns(long start, long cost, int n, long bound)
     return column >= n ? n : (int)(column & ~15L);
 }
 
-/* The columns of a segment that fall to thread t when all segments' columns are laid end to end. */
-static void segment_share(const segment *list, int n, int i, int n_columns, int thread, int n_threads, int *first, int *last)
+static void add_segment(experts *e, const mlp_weights *weights, int first, int n_rows)
 {
-    long total = 0, start = 0;
-    for (int j = 0; j < n; j++) {
-        if (j == i)
-            start = total;
-        total += column_cost(list[j].n_rows) * n_columns;
-    }
-    long cost = column_cost(list[i].n_rows);
-    *first = cut_columns(start, cost, n_columns, total * thread / n_threads);
-    *last = cut_columns(start, cost, n_columns, total * (thread + 1) / n_threads);
+    const segment *last = e->n_segments ? &e->segments[e->n_segments - 1] : NULL;
+    e->segments[e->n_segments++] = (segment){.weights = weights, .first = first, .n_rows = n_rows, .cost = column_cost(n_rows),
+                                             .cost_before = last ? last->cost_before + last->cost : 0};
+}
+
+/* The columns of a segment that fall to thread t when all segments' columns are laid end to end. */
+static void segment_share(const experts *e, const segment *s, int n_columns, int thread, int n_threads, int *first, int *last)
+{
+    const segment *end = &e->segments[e->n_segments - 1];
+    long total = (end->cost_before + end->cost) * n_columns, start = s->cost_before * n_columns;
+    *first = cut_columns(start, s->cost, n_columns, total * thread / n_threads);
+    *last = cut_columns(start, s->cost, n_columns, total * (thread + 1) / n_threads);
 }
 
 static int tile_columns(int n_rows)
@@ -188,7 +191,7 @@ static void pass_gate_up(void *arg, int thread, int n_threads)
     for (int i = 0; i < e->n_segments; i++) {
         const segment *s = &e->segments[i];
         int first, last, step = tile_columns(s->n_rows);
-        segment_share(e->segments, e->n_segments, i, e->pass_inter, thread, n_threads, &first, &last);
+        segment_share(e, s, e->pass_inter, thread, n_threads, &first, &last);
         for (int c = first; c < last; c += step)
             for (int r = 0; r < s->n_rows; r += TILE_ROWS)
                 gate_up_tile(e, s, tile, r, s->n_rows - r < TILE_ROWS ? s->n_rows - r : TILE_ROWS, c,
@@ -354,7 +357,7 @@ static int form_wave(experts *e, const mlp_weights *weights, int first)
         int expert = e->products[i].expert, j = i;
         while (j < end && e->products[j].expert == expert)
             j++;
-        e->segments[e->n_segments++] = (segment){.weights = &weights[expert], .first = i - first, .n_rows = j - i};
+        add_segment(e, &weights[expert], i - first, j - i);
         i = j;
     }
     return end;
@@ -420,8 +423,8 @@ void experts_run_block(experts *e, const mlp_weights *block, const float *x, siz
 {
     if (n_rows == 0)
         return;
-    e->n_segments = 1;
-    e->segments[0] = (segment){.weights = block, .first = 0, .n_rows = n_rows};
+    e->n_segments = 0;
+    add_segment(e, block, 0, n_rows);
     e->pass_x = x;
     e->pass_x_stride = x_stride;
     e->pass_inter = block->gate.n_out;

@@ -379,11 +379,14 @@ static void pass_attend(void *arg, int thread, int n_threads)
         }
 }
 
-static void add_to_residual(model *m, const float *y)
+static void pass_residual(void *arg, int thread, int n_threads)
 {
-    size_t n = (size_t)m->batch->n_rows * (size_t)m->parts.config->hidden;
-    for (size_t i = 0; i < n; i++)
-        m->h[i] += y[i];
+    model *m = arg;
+    size_t hidden = (size_t)m->parts.config->hidden;
+    int first, last;
+    my_rows(m, thread, n_threads, &first, &last);
+    for (size_t i = (size_t)first * hidden; i < (size_t)last * hidden; i++)
+        m->h[i] += m->y[i];
 }
 
 static void attention(model *m)
@@ -399,7 +402,7 @@ static void attention(model *m)
         thread_pool_run(m->parts.pool, pass_attend, m);
     projection o = {&w->o, m->y, (size_t)c->hidden, w->o_bias};
     project(m->parts.pool, m->parts.kernels, &o, 1, m->attended, m->q_width + ROW_PAD, n);
-    add_to_residual(m, m->y);
+    run_rows(m, pass_residual, (size_t)c->hidden);
 }
 
 /* ---- feed-forward ---------------------------------------------------------------------------------------------------------- */
@@ -524,7 +527,7 @@ static void dense(model *m)
     run_rows(m, pass_mlp_norm, (size_t)c->hidden);
     experts_run_block(m->experts, &m->parts.weights->layers[m->layer].dense, m->x, m->x_stride, m->batch->n_rows, m->y,
                       (size_t)c->hidden);
-    add_to_residual(m, m->y);
+    run_rows(m, pass_residual, (size_t)c->hidden);
 }
 
 status model_forward(model *m, const batch *b)

@@ -2,12 +2,14 @@
 
 #include "placement/routing_trace.h"
 #include "proto/bytes.h"
+#include "proto/console.h"
 #include "proto/safetensors.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 /* A run as rank 0 sees it; the other ranks use little of it. */
 typedef struct {
@@ -29,6 +31,9 @@ typedef struct {
     routing_trace_writer *trace;
     routing_stats *routing;  /* of all ranks */
     status failed;           /* the first failure inside the listener */
+    console console;         /* progress, where a person looks */
+    int n_finished;
+    long long n_rows;
     bool out_of_step;        /* this rank left the step loop alone: nothing can be agreed on any more */
     double start, ready, step_seconds;
 } score;
@@ -237,6 +242,11 @@ static void listen_event(void *arg, const engine_event *event)
         s->results[line].generated[s->results[line].n_generated++] = event->token;
     if (event->kind == ENGINE_EVENT_ROWS && s->failed == STATUS_OK)
         s->failed = take_rows(s, line, event);
+    s->n_rows += event->kind == ENGINE_EVENT_TOKEN ? 1 : event->decode ? 0 : event->n_rows;
+    s->n_finished += event->kind == ENGINE_EVENT_FINISHED;
+    double seconds = now() - s->ready;
+    console_show(&s->console, "%d of %d lines done, %lld tokens, %s", s->n_finished, s->lines.n_lines, s->n_rows,
+                 human_rate(seconds > 0 ? (double)s->n_rows / seconds : 0, "tokens/s").text);
 }
 
 /* ---- the run ------------------------------------------------------------------------------------------------------------------ */
@@ -264,11 +274,13 @@ static status lead(score *s)
 {
     engine *e = runtime_engine(s->runtime);
     status prepared = open_outputs(s);
+    console_open(&s->console, STDERR_FILENO);
     if (prepared == STATUS_OK)
         prepared = submit_all(s);
     status st = STATUS_OK;
     while (prepared == STATUS_OK && engine_busy(e) && st == STATUS_OK)
         st = engine_step(e);
+    console_erase(&s->console);
     if (st == STATUS_OK)
         st = engine_stop(e);
     s->out_of_step = st != STATUS_OK;

@@ -178,7 +178,7 @@ void score_print_text(const score_summary *s)
     for (int i = 0; i < s->lines->n_lines; i++)
         print_line(s, i);
     totals t = add_up(s);
-    printf("\nmodel     %s (%s), %d ranks on %d nodes, %d threads each, %s, plan %s, combine %s, exchange %s\n", s->config->name,
+    printf("\nmodel     %s (%s); ranks %d, nodes %d, threads per rank %d; %s, plan %s, combine %s, exchange %s\n", s->config->name,
            s->config->family->model_type, s->n_ranks, s->n_nodes, s->threads, s->isa, s->plan->name, combine_name(s->options->runtime.combine),
            s->exchange);
     print_scores(s);
