@@ -3,6 +3,7 @@
 #include "tests/support.h"
 #include "tests/support_plan.h"
 
+#include "placement/routing_stats.h"
 #include "proto/safetensors.h"
 #include "worker/model_config.h"
 
@@ -336,6 +337,45 @@ static void bundled_model_scores_as_transformers(void **state)
     fclose(expected);
 }
 
+/* Trace and statistics come from three ranks and must tell the same story as the logits file's choices. */
+static void traces_and_statistics_agree(void **state)
+{
+    (void)state;
+    char more[9000], trace_path[4200], stats_path[4200];
+    write_lines("qwen3_moe");
+    snprintf(trace_path, sizeof trace_path, "%s", in_scratch("trace"));
+    snprintf(stats_path, sizeof stats_path, "%s", in_scratch("stats"));
+    snprintf(more, sizeof more, "--routing %s --stats %s", trace_path, stats_path);
+    score_family(3, "qwen3_moe", more, in_scratch("many"));
+    routing_trace *trace = NULL;
+    routing_stats *stats = NULL, *counted = NULL;
+    if (routing_trace_open(trace_path, &trace) != STATUS_OK || routing_stats_read(stats_path, &stats) != STATUS_OK ||
+        routing_stats_create(routing_trace_shape(trace), true, &counted) != STATUS_OK || routing_stats_add_trace(counted, trace) != STATUS_OK)
+        fail_msg("%s", status_message());
+    assert_int_equal(routing_trace_n_tokens(trace), 1 + 7 + 40 + 3 * 23); /* the last greedy token is never run */
+    size_t n = (size_t)routing_stats_slot_bytes(stats);
+    for (int d = 0; d < 2; d++)
+        for (int phase = 0; phase < N_PHASES; phase++) {
+            assert_int_equal(routing_stats_tokens(stats, d, phase), routing_stats_tokens(counted, d, phase));
+            assert_int_equal(n, routing_stats_slot_bytes(counted));
+            assert_memory_equal(routing_stats_next_layer_pairs(stats, d, phase), routing_stats_next_layer_pairs(counted, d, phase),
+                                2 * 16 * 16 * sizeof(uint64_t));
+        }
+    safetensors *logits = open_tensors(in_scratch("many"));
+    const int32_t *want = safetensors_find(logits, "experts_2")->data;
+    uint16_t experts[3 * 4];
+    for (int64_t t = 0; t < routing_trace_n_tokens(trace); t++) {
+        routing_row row = routing_trace_row(trace, t, experts, NULL);
+        for (int l = 0; row.sequence == 2 && row.phase == PHASE_PREFILL && l < 3; l++)
+            for (int j = 0; j < 4; j++)
+                assert_int_equal(experts[l * 4 + j], want[(l * 40 + row.position) * 4 + j]);
+    }
+    safetensors_close(logits);
+    routing_stats_destroy(stats);
+    routing_stats_destroy(counted);
+    routing_trace_close(trace);
+}
+
 static void json_has_the_promised_keys(void **state)
 {
     (void)state;
@@ -374,6 +414,7 @@ int main(void)
         {"rows in bf16 lose the same for every grouping", bf16_rows_are_grouped_alike, NULL, NULL, NULL},
         {"mistakes get one sentence and the right exit code", mistakes_get_a_sentence, NULL, NULL, NULL},
         {"the bundled model scores and continues its texts as transformers does", bundled_model_scores_as_transformers, NULL, NULL, NULL},
+        {"trace, statistics and choices tell the same", traces_and_statistics_agree, NULL, NULL, NULL},
         {"--json prints one object with the promised keys", json_has_the_promised_keys, NULL, NULL, NULL},
     };
     return cmocka_run_group_tests_name("convoke-score", tests, make_scratch, remove_scratch);
