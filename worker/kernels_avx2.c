@@ -151,8 +151,12 @@ V_INLINE float v_max_lane(vec16 v)
 
 #define TILE_ROWS    6
 #define TILE_OUTPUTS 4
+#define STREAMED_ROWS 5
 #define STEP         16
 #include "worker/kernels_tiles.h"
+
+/* Without it the compiler loads a value anew for each FMA that uses it, and loads become the limit. */
+#define IN_REGISTER(v) __asm__("" : "+x"(v))
 
 /* Weights of one half of a step as floats. */
 ALWAYS_INLINE __m256 load_weights(const weight_format format, const int half, const char *w)
@@ -219,46 +223,92 @@ ALWAYS_INLINE __m128 pair_sums(weight_format format, __m256 first, __m256 second
     return _mm_hadd_ps(low4(s), high4(s));
 }
 
-ALWAYS_INLINE void half_steps(const weight_format format, const int half, const int rows, const int outputs, const float *x, const char *w,
-                              size_t w_stride, int steps, __m256 *acc)
+ALWAYS_INLINE void half_steps(const weight_format format, const int half, const int rows, const int outputs, const float *x,
+                              const char *w, size_t w_stride, size_t ahead, size_t ahead_step, int steps, __m256 *acc)
 {
     const size_t step_bytes = STEP * WEIGHT_BYTES(format);
-    for (int s = 0; s < steps; s++, x += 8 * rows, w += step_bytes) {
-        __m256 ws[4];
+    for (int s = 0; s < steps; s++, x += 8 * rows, w += step_bytes, ahead += ahead_step - step_bytes) {
+        __m256 ws[2];
         UNROLL for (int j = 0; j < outputs; j++)
             ws[j] = load_weights(format, half, w + (size_t)j * w_stride);
-        /* The next tile's weights lie right behind this one's: half of them are fetched in each of the two passes. */
-        prefetch(w, (size_t)outputs * w_stride + (size_t)half * (size_t)outputs * w_stride / 2);
+        prefetch(w, ahead);
         UNROLL for (int i = 0; i < rows; i++) {
             __m256 xs = _mm256_load_ps(x + 8 * i);
+            IN_REGISTER(xs);
             UNROLL for (int j = 0; j < outputs; j++)
                 acc[i * outputs + j] = _mm256_fmadd_ps(ws[j], xs, acc[i * outputs + j]);
         }
     }
 }
 
-ALWAYS_INLINE void half_tile(const weight_format format, const int rows, const int outputs, const float *x, const char *w, int k,
-                             float *y, size_t y_stride)
+/* One half of the lanes over steps [from, to) of K for `outputs` weight rows; sums[j][i] carries them from piece to piece of K. */
+ALWAYS_INLINE void half_piece(const weight_format format, const int half, const int rows, const int outputs, const float *x,
+                              const char *w, int k, int from, int to, const next_block *next, __m256 *sums)
 {
     const size_t row_bytes = (size_t)k * WEIGHT_BYTES(format), step_bytes = STEP * WEIGHT_BYTES(format);
-    int full = k / STEP, rest = k % STEP != 0;
-    size_t plane = (size_t)(full + rest) * (size_t)rows * 8;
-    __m256 acc[2][TILE_ROWS * 4];
-    weight_tail tail;
-    if (rest)
+    /* this pass's part of the lines of the same rows in the next block, evenly over the steps */
+    const size_t parts = 2 * (size_t)next->parts, part = 2 * (size_t)next->part + (size_t)half;
+    const size_t ahead_step = ((size_t)outputs * step_bytes + parts - 1) / parts;
+    size_t ahead = next->ahead + (size_t)outputs * row_bytes / parts * part + (size_t)from * ahead_step - (size_t)from * step_bytes;
+    __m256 acc[TILE_ROWS * 2];
+    UNROLL for (int i = 0; i < rows; i++)
+        UNROLL for (int j = 0; j < outputs; j++)
+            acc[i * outputs + j] = from ? sums[j * rows + i] : _mm256_setzero_ps();
+    x += (size_t)from * 8 * (size_t)rows;
+    int full = to > k / STEP ? k / STEP : to;
+    half_steps(format, half, rows, outputs, x, w + (size_t)from * step_bytes, row_bytes, ahead, ahead_step, full - from, acc);
+    if (full < to) {
+        weight_tail tail;
         copy_tail(outputs, &tail, w, row_bytes, (size_t)full * step_bytes);
-    UNROLL for (int half = 0; half < 2; half++) {
-        UNROLL for (int i = 0; i < rows * outputs; i++)
-            acc[half][i] = _mm256_setzero_ps();
-        const float *xs = x + (size_t)half * plane;
-        half_steps(format, half, rows, outputs, xs, w, row_bytes, full, acc[half]);
-        if (rest)
-            half_steps(format, half, rows, outputs, xs + (size_t)full * 8 * (size_t)rows, tail.w[0], sizeof tail.w[0], 1, acc[half]);
+        half_steps(format, half, rows, outputs, x + (size_t)(full - from) * 8 * (size_t)rows, tail.w[0], sizeof tail.w[0], 0, 0, 1,
+                   acc);
     }
-    __m128 pairs[TILE_ROWS * 4];
-    UNROLL for (int i = 0; i < rows * outputs; i++)
-        pairs[i] = pair_sums(format, acc[0][i], acc[1][i]);
-    write_sums(rows, outputs, pairs, y, y_stride);
+    UNROLL for (int i = 0; i < rows; i++)
+        UNROLL for (int j = 0; j < outputs; j++)
+            sums[j * rows + i] = acc[i * outputs + j];
+}
+
+/* y[i][j] of all rows and weight rows from both halves' sums. */
+ALWAYS_INLINE void write_tile(const weight_format format, const int rows, int n, const __m256 *first, const __m256 *second, float *y,
+                              size_t y_stride)
+{
+    for (int i = 0; i < rows; i++, y += y_stride) {
+        int j = 0;
+        for (; j + 4 <= n; j += 4) {
+            __m128 pairs[4];
+            UNROLL for (int p = 0; p < 4; p++)
+                pairs[p] = pair_sums(format, first[(j + p) * rows + i], second[(j + p) * rows + i]);
+            _mm_storeu_ps(y + j, _mm_hadd_ps(_mm_hadd_ps(pairs[0], pairs[1]), _mm_hadd_ps(pairs[2], pairs[3])));
+        }
+        for (; j < n; j++) {
+            __m128 pairs = pair_sums(format, first[j * rows + i], second[j * rows + i]);
+            pairs = _mm_hadd_ps(pairs, pairs);
+            y[j] = _mm_cvtss_f32(_mm_hadd_ps(pairs, pairs));
+        }
+    }
+}
+
+#define K_PIECE 64 /* steps: of 6 rows one half of 1,024 floats is 12 KiB, a third of L1 */
+
+ALWAYS_INLINE void half_tile(const weight_format format, const int rows, const float *x, const char *w, int k, int n, float *y,
+                             size_t y_stride, const next_block *next)
+{
+    const size_t row_bytes = (size_t)k * WEIGHT_BYTES(format);
+    const int steps = (k + STEP - 1) / STEP;
+    __m256 sums[2][W_BLOCK_ROWS * TILE_ROWS];
+    UNROLL for (int half = 0; half < 2; half++) {
+        const float *plane = x + (size_t)half * (size_t)steps * (size_t)rows * 8;
+        int from = 0;
+        do { /* once for a K of 0, too: the sums are zeros */
+            int to = steps - from < K_PIECE ? steps : from + K_PIECE, j = 0;
+            for (; j + 2 <= n; j += 2)
+                half_piece(format, half, rows, 2, plane, w + (size_t)j * row_bytes, k, from, to, next, &sums[half][j * rows]);
+            if (j < n)
+                half_piece(format, half, rows, 1, plane, w + (size_t)j * row_bytes, k, from, to, next, &sums[half][j * rows]);
+            from = to;
+        } while (from < steps);
+    }
+    write_tile(format, rows, n, sums[0], sums[1], y, y_stride);
 }
 
 ALWAYS_INLINE void both_steps(const weight_format format, const int rows, const int outputs, const float *x, size_t plane,
@@ -298,16 +348,26 @@ ALWAYS_INLINE void both_tile(const weight_format format, const int rows, const i
     write_sums(rows, outputs, pairs, y, y_stride);
 }
 
-#define TILES(format, suffix)                                          \
-    TILE(tile_##suffix##_1, both_tile, both_tile, format, 1, 1)        \
-    TILE(tile_##suffix##_2, both_tile, both_tile, format, 2, 1)        \
-    TILE(tile_##suffix##_3, both_tile, both_tile, format, 3, 1)        \
-    TILE(tile_##suffix##_4, half_tile, both_tile, format, 4, 2)        \
-    TILE(tile_##suffix##_5, half_tile, both_tile, format, 5, 2)        \
-    TILE(tile_##suffix##_6, half_tile, both_tile, format, 6, 2)        \
-    static const tile_set tiles_##suffix = {                           \
-        format, format == FORMAT_BF16 ? pack_bf16 : pack_natural,      \
-        {NULL, tile_##suffix##_1, tile_##suffix##_2, tile_##suffix##_3, tile_##suffix##_4, tile_##suffix##_5, tile_##suffix##_6}};
+#define HALF_TILE(name, format, rows)                                                             \
+    static void name(const float *packed, const char *w, int k, int n, float *y, size_t y_stride, \
+                     const next_block *next)                                                      \
+    {                                                                                             \
+        half_tile(format, rows, packed, w, k, n, y, y_stride, next);                              \
+    }
+#define TILES(format, suffix)                                                                        \
+    TILE(both_##suffix##_1, both_tile, both_tile, format, 1, 1)                                      \
+    TILE(both_##suffix##_2, both_tile, both_tile, format, 2, 1)                                      \
+    TILE(both_##suffix##_3, both_tile, both_tile, format, 3, 1)                                      \
+    TILE(both_##suffix##_4, both_tile, both_tile, format, 4, 1)                                      \
+    TILE(both_##suffix##_5, both_tile, both_tile, format, 5, 1)                                      \
+    HALF_TILE(half_##suffix##_3, format, 3)                                                          \
+    HALF_TILE(half_##suffix##_4, format, 4)                                                          \
+    HALF_TILE(half_##suffix##_5, format, 5)                                                          \
+    HALF_TILE(half_##suffix##_6, format, 6)                                                          \
+    static const tile_set tiles_##suffix = {                                                         \
+        format, format == FORMAT_BF16 ? pack_bf16 : pack_natural,                                    \
+        {NULL, both_##suffix##_1, both_##suffix##_2, both_##suffix##_3, both_##suffix##_4, both_##suffix##_5, half_##suffix##_6}, \
+        {NULL, NULL, NULL, half_##suffix##_3, half_##suffix##_4, half_##suffix##_5, half_##suffix##_6}};
 
 TILES(FORMAT_F32, f32)
 TILES(FORMAT_F16, f16)

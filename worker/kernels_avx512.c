@@ -9,6 +9,7 @@
 
 #define TILE_ROWS    4
 #define TILE_OUTPUTS 6
+#define STREAMED_ROWS 4
 #define STEP         16
 #include "worker/kernels_tiles.h"
 
@@ -74,7 +75,8 @@ ALWAYS_INLINE void run_tile(const weight_format format, const int rows, const in
     TILE(tile_##suffix##_3, run_tile, run_tile, format, 3, 4)  \
     TILE(tile_##suffix##_4, run_tile, run_tile, format, 4, 6)  \
     static const tile_set tiles_##suffix = {                   \
-        format, pack, {NULL, tile_##suffix##_1, tile_##suffix##_2, tile_##suffix##_3, tile_##suffix##_4}};
+        format, pack, {NULL, tile_##suffix##_1, tile_##suffix##_2, tile_##suffix##_3, tile_##suffix##_4}, \
+        {NULL, NULL, tile_##suffix##_2, tile_##suffix##_3, tile_##suffix##_4}};
 
 TILES(FORMAT_F32, f32)
 TILES(FORMAT_F16, f16)

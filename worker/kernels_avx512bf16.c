@@ -16,6 +16,7 @@
 
 #define TILE_ROWS    4
 #define TILE_OUTPUTS 6
+#define STREAMED_ROWS 4
 #define STEP         32
 #include "worker/kernels_tiles.h"
 
@@ -94,7 +95,7 @@ TILE(tile_1, run_tile, run_tile, FORMAT_BF16, 1, 4)
 TILE(tile_2, run_tile, run_tile, FORMAT_BF16, 2, 4)
 TILE(tile_3, run_tile, run_tile, FORMAT_BF16, 3, 4)
 TILE(tile_4, run_tile, run_tile, FORMAT_BF16, 4, 6)
-static const tile_set tiles_bf16 = {FORMAT_BF16, pack, {NULL, tile_1, tile_2, tile_3, tile_4}};
+static const tile_set tiles_bf16 = {FORMAT_BF16, pack, {NULL, tile_1, tile_2, tile_3, tile_4}, {NULL, NULL, tile_2, tile_3, tile_4}};
 
 MATMUL(matmul_bf16, tiles_bf16)
 

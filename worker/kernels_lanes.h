@@ -140,17 +140,21 @@ typedef struct {
 typedef struct {
     attend_query *query[ATTEND_TILE];
     int begin[ATTEND_TILE], end[ATTEND_TILE]; /* the part of the block each sees */
+    size_t ahead;                             /* bytes from this block to the next one, which is prefetched meanwhile */
     float rescale[16];                        /* what the sums so far are multiplied by */
     float weight[ATTEND_TILE][KV_BLOCK] __attribute__((aligned(64))); /* first the scores, then exp(score - max) */
 } attend_tile;
 
 ALWAYS_INLINE void multiply_tile(const int rows, const int columns, const float *const *a, const float *b, size_t b_stride,
-                                 int begin, int end, vec16 *acc)
+                                 int begin, int end, size_t ahead, vec16 *acc)
 {
     for (int i = begin; i < end; i++) {
         vec16 bs[4];
-        UNROLL for (int c = 0; c < columns; c++)
-            bs[c] = v_load(b + (size_t)i * b_stride + 16 * c);
+        UNROLL for (int c = 0; c < columns; c++) {
+            const float *row = b + (size_t)i * b_stride + 16 * c;
+            bs[c] = v_load(row);
+            __builtin_prefetch((const char *)((uintptr_t)row + ahead), 0, 2); /* to L2: L1 is full with this block */
+        }
         UNROLL for (int r = 0; r < rows; r++) {
             vec16 factor = v_set(a[r][i]);
             UNROLL for (int c = 0; c < columns; c++)
@@ -169,7 +173,7 @@ ALWAYS_INLINE void score_tile(const int rows, attend_tile *t, const float *keys,
         vec16 acc[ATTEND_TILE * 4];
         UNROLL for (int i = 0; i < rows * columns; i++)
             acc[i] = v_set(0.0f);
-        multiply_tile(rows, columns, q, keys + j, KV_BLOCK, 0, head_dim, acc);
+        multiply_tile(rows, columns, q, keys + j, KV_BLOCK, 0, head_dim, t->ahead, acc);
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int c = 0; c < columns; c++) {
                 int at = j + 16 * c;
@@ -204,13 +208,13 @@ static void weigh_tile(int rows, attend_tile *t)
 }
 
 ALWAYS_INLINE void value_columns(const int rows, const int columns, float *const *out, const float *const *weight,
-                                 const float *rescale, const float *values, int head_dim, int begin, int end)
+                                 const float *rescale, const float *values, int head_dim, int begin, int end, size_t ahead)
 {
     vec16 acc[ATTEND_TILE * 4];
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int c = 0; c < columns; c++)
             acc[r * columns + c] = v_mul(v_load(out[r] + 16 * c), v_set(rescale[r]));
-    multiply_tile(rows, columns, weight, values, (size_t)head_dim, begin, end, acc);
+    multiply_tile(rows, columns, weight, values, (size_t)head_dim, begin, end, ahead, acc);
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int c = 0; c < columns; c++)
             v_store(out[r] + 16 * c, acc[r * columns + c]);
@@ -238,12 +242,12 @@ ALWAYS_INLINE void value_tile(const int rows, attend_tile *t, int from, const fl
     UNROLL for (int r = 0; r < rows; r++)
         out[r] = t->query[from + r]->out, weight[r] = t->weight[from + r];
     for (; d + 16 * columns <= head_dim; d += 16 * columns) {
-        value_columns(rows, columns, out, weight, t->rescale + from, values + d, head_dim, begin, end);
+        value_columns(rows, columns, out, weight, t->rescale + from, values + d, head_dim, begin, end, t->ahead);
         UNROLL for (int r = 0; r < rows; r++)
             out[r] += 16 * columns;
     }
     for (; d + 16 <= head_dim; d += 16) {
-        value_columns(rows, 1, out, weight, t->rescale + from, values + d, head_dim, begin, end);
+        value_columns(rows, 1, out, weight, t->rescale + from, values + d, head_dim, begin, end, t->ahead);
         UNROLL for (int r = 0; r < rows; r++)
             out[r] += 16;
     }
@@ -294,7 +298,7 @@ static void attend_tile_5(attend_tile *t, const float *keys, int head_dim, float
 static void attend_tile_6(attend_tile *t, const float *keys, int head_dim, float scale) { attend_tile_block(6, t, keys, head_dim, scale); }
 
 /* The queries that see something of block `b`, in tiles of nearly equal size. */
-static void attend_block(const attend_args *a, attend_query *queries, int n_queries, int b)
+static void attend_block(const attend_args *a, attend_query *queries, int n_queries, int b, int last)
 {
     static void (*const run[ATTEND_TILE + 1])(attend_tile *, const float *, int, float) = {
         NULL, attend_tile_1, attend_tile_2, attend_tile_3, attend_tile_4, attend_tile_5, attend_tile_6};
@@ -306,6 +310,8 @@ static void attend_block(const attend_args *a, attend_query *queries, int n_quer
             active[n_active++] = &queries[i];
 
     attend_tile t;
+    int32_t next = a->block_ids[b < last ? b + 1 : b];
+    t.ahead = ((size_t)next - (size_t)a->block_ids[b]) * a->block_floats * sizeof(float); /* wraps when it lies before */
     int n_tiles = (n_active + ATTEND_TILE - 1) / ATTEND_TILE;
     for (int tile = 0, at = 0; tile < n_tiles; tile++) {
         int rows = n_active * (tile + 1) / n_tiles - at;
@@ -335,8 +341,9 @@ static void attend_group(const attend_args *a, int from, int to)
         memset(out, 0, head_dim * sizeof *out);
     }
     /* Rows rise, so the first query reaches back the furthest and the last one sees the last block. */
-    for (int b = queries[0].first / KV_BLOCK; b <= queries[to - from - 1].position / KV_BLOCK; b++)
-        attend_block(a, queries, to - from, b);
+    int last = queries[to - from - 1].position / KV_BLOCK;
+    for (int b = queries[0].first / KV_BLOCK; b <= last; b++)
+        attend_block(a, queries, to - from, b, last);
     for (int i = 0; i < to - from; i++) {
         vec16 sum = v_set(queries[i].sum);
         for (int d = 0; d < a->head_dim; d += 16) {

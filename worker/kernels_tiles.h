@@ -3,31 +3,42 @@
  *     x [m][k]  --pack-->  tiles of up to TILE_ROWS rows, in the order the tile reads them, K padded with zeros
  *     w [n][k]  read as stored; W_BLOCK_BYTES of rows at a time stay in L2 while all x tiles pass over them
  *
- * One x tile (6 rows x 1,024 = 24 KiB) stays in L1 while the block's weight rows stream past it, so each weight is unpacked once
- * per tile. Packing costs one pass over x per call; it makes the tile's loads one sequence (no rows 4 KiB apart in the same L1 set),
- * and it takes alignment, stride and the tail of K out of the inner loops. m rows are spread evenly over the tiles: 8 rows are
- * 4 + 4, not 6 + 2. None of this shows in the result: an output's sum is one tile's business from beginning to end.
+ * An x tile (in pieces of K that fit in L1 with room to spare: two threads may share a core) stays while the block's weight rows
+ * stream past it, so each weight is unpacked once per tile. While the tiles work on one block, each prefetches its part of the next
+ * one, so memory and arithmetic overlap from a few rows on. Packing costs one pass over x per call; it makes the tile's loads one
+ * sequence (no rows 4 KiB apart in the same L1 set), and it takes alignment, stride and the tail of K out of the inner loops. m rows
+ * are spread evenly over the tiles: 8 rows are 4 + 4, not 6 + 2. None of this shows in the result: how an output's sum runs is the
+ * same in every tile and block.
  *
- * An includer (after kernels_lanes.h) defines TILE_ROWS and TILE_OUTPUTS, the largest tile, and STEP, the weights of one row that a
+ * An includer (after kernels_lanes.h) defines TILE_ROWS and TILE_OUTPUTS, the largest tile, STREAMED_ROWS, up
+ * to which a call's only tile needs no blocks, and STEP, the weights of one row that a
  * turn of its inner loop takes; then its pack functions and tiles, and calls matmul_tiled(). */
 #ifndef CONVOKE_WORKER_KERNELS_TILES_H
 #define CONVOKE_WORKER_KERNELS_TILES_H
 
 #include "worker/kernels_lanes.h"
 
-#define W_BLOCK_BYTES        (128 * 1024)
-#define PREFETCH_BYTES       4096
+#define W_BLOCK_BYTES        (96 * 1024)
+#define W_BLOCK_ROWS         48
+#define PREFETCH_BYTES       2048
 #define WEIGHT_BYTES(format) ((size_t)((format) == FORMAT_F32 ? 4 : 2)) /* a constant inside a tile */
 
-/* y[i][j] for the rows of one packed tile and `n` rows of w. */
-typedef void (*tile_fn)(const float *packed, const char *w, int k, int n, float *y, size_t y_stride);
+/* What to prefetch beside the weights at hand: those `ahead` bytes on, this tile its `part` of `parts`. ahead 0: whatever suits. */
+typedef struct {
+    size_t ahead;
+    int part, parts;
+} next_block;
+
+/* y[i][j] for the rows of one packed tile and `n` <= W_BLOCK_ROWS rows of w; n is any for tiles that are the only one. */
+typedef void (*tile_fn)(const float *packed, const char *w, int k, int n, float *y, size_t y_stride, const next_block *next);
 /* Packs `rows` rows of x; writes rows * k_padded floats, K padded to a multiple of STEP. */
 typedef void (*pack_fn)(const float *x, size_t x_stride, int rows, int k, float *packed);
 
 typedef struct {
     weight_format format;
     pack_fn pack;
-    tile_fn tile[TILE_ROWS + 1]; /* by rows */
+    tile_fn alone[TILE_ROWS + 1];  /* by rows: the only tile of a call, bound by memory */
+    tile_fn beside[TILE_ROWS + 1]; /* one of several that pass over a block */
 } tile_set;
 
 /* Writes y[i][j] from the pair sums, four outputs at a time. */
@@ -65,8 +76,10 @@ ALWAYS_INLINE void prefetch(const char *p, size_t ahead)
 
 /* name(packed, w, k, n, y, y_stride): `outputs` weight rows at a time by `kind`, the rest one by one by `rest`. */
 #define TILE(name, kind, rest, format, rows, outputs)                                               \
-    static void name(const float *packed, const char *w, int k, int n, float *y, size_t y_stride)   \
+    static void name(const float *packed, const char *w, int k, int n, float *y, size_t y_stride,   \
+                     const next_block *next)                                                        \
     {                                                                                               \
+        (void)next;                                                                                 \
         const size_t row_bytes = (size_t)k * WEIGHT_BYTES(format);                                  \
         int j = 0;                                                                                  \
         for (; j + outputs <= n; j += outputs)                                                      \
@@ -75,20 +88,28 @@ ALWAYS_INLINE void prefetch(const char *p, size_t ahead)
             rest(format, rows, 1, packed, w + (size_t)j * row_bytes, k, y + j, y_stride);           \
     }
 
+/* Weight rows per block: all where one small tile reads each weight once anyway. */
+static int block_rows(int rows, int n, size_t row_bytes)
+{
+    if (rows <= STREAMED_ROWS)
+        return n;
+    size_t fit = row_bytes ? W_BLOCK_BYTES / row_bytes / 12 * 12 : W_BLOCK_ROWS; /* 12: a multiple of every tile's width */
+    return fit < 12 ? 12 : fit > W_BLOCK_ROWS ? W_BLOCK_ROWS : (int)fit;
+}
+
 static void matmul_packed(const tile_set *set, int rows, size_t k_padded, const char *w, int k, int n, float *y,
                           size_t y_stride)
 {
     size_t row_bytes = (size_t)k * weight_format_size(set->format);
-    int n_tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
-    int block = n_tiles == 1 || row_bytes == 0 ? n : (int)(W_BLOCK_BYTES / row_bytes) / 12 * 12;
-    if (block < 12)
-        block = 12; /* a multiple of every tile's width */
+    int n_tiles = (rows + TILE_ROWS - 1) / TILE_ROWS, block = block_rows(rows, n, row_bytes);
     for (int from = 0; from < n; from += block) {
         int count = n - from < block ? n - from : block;
         for (int tile = 0; tile < n_tiles; tile++) {
             int first = rows * tile / n_tiles, last = rows * (tile + 1) / n_tiles;
-            set->tile[last - first](kernels_packed + (size_t)first * k_padded, w + (size_t)from * row_bytes, k, count,
-                                    y + (size_t)first * y_stride + from, y_stride);
+            next_block next = {(size_t)block * row_bytes, tile, n_tiles};
+            tile_fn run = (n_tiles == 1 ? set->alone : set->beside)[last - first];
+            run(kernels_packed + (size_t)first * k_padded, w + (size_t)from * row_bytes, k, count, y + (size_t)first * y_stride + from,
+                y_stride, &next);
         }
     }
 }
