@@ -9,8 +9,16 @@
  * order: first = lanes 0-7, second = lanes 8-15. The reduction tree is followed in both cases (pair_sums).
  *
  * Lanes of `first` and `second` never meet before the reduction, so a tile passes over K twice, once for each: 6 rows x 2 outputs
- * then take 12 accumulators and 8 loads for 12 FMA. A tile that did both halves at once would be 3 x 2 and load for every FMA.
- * One to few rows are bound by memory and do both halves in one pass over the weights. */
+ * then take 12 accumulators and 8 loads for 12 FMA (half_tile). Doing both halves at once is a 3 x 2 tile that loads for every FMA.
+ * A call of up to five rows is bound by memory: one weight row at a time, both halves in one pass (both_tile).
+ *
+ * What was tried, on Zen 3 (bench_kernels; share of the read loop or of the FMA loop, one thread):
+ *   one row        one weight row at a time with a prefetch ahead: the read loop's own speed; two or four weight rows at once: 75-80 %;
+ *                  prefetching 1, 2, 4, 8 or 16 KiB ahead makes no difference beyond the noise
+ *   4 and 5 rows   both_tile 70 and 62 % of the read loop, half_tile 60 and 55 %; at 6 they are equal
+ *   64 rows        K 768 and 1,024: 82 % of FMA; without IN_REGISTER 59-66 %. K 2,048: 56 % in one piece, 76 % in pieces of 1,024;
+ *                  K 4,096: 50 %, then 72 %
+ *   8, 16 rows     47 and 48 % of FMA when a block's first tile alone waited for memory, 68 and 78 % with the next block prefetched */
 #include "worker/kernels.h"
 
 #if defined(__AVX2__)

@@ -326,23 +326,29 @@ static void attend_block(const attend_args *a, attend_query *queries, int n_quer
     }
 }
 
-/* `from`, `to`: (row, head) pairs counted row by row. */
+/* Of (row, head) pair number `pair`, counted row by row. */
+static int first_position_seen(const attend_args *a, int pair)
+{
+    int position = a->first_position + pair / a->n_heads;
+    return a->window > 0 && position >= a->window ? position - a->window + 1 : 0;
+}
+
+/* `from`, `to`: (row, head) pairs. */
 static void attend_group(const attend_args *a, int from, int to)
 {
     attend_query queries[ATTEND_QUERIES];
     size_t head_dim = (size_t)a->head_dim;
+    int begin = first_position_seen(a, from), last = (a->first_position + (to - 1) / a->n_heads) / KV_BLOCK;
     for (int pair = from; pair < to; pair++) {
         size_t row = (size_t)(pair / a->n_heads), head = (size_t)(pair % a->n_heads);
         int position = a->first_position + (int)row;
-        int first = a->window > 0 && position >= a->window ? position - a->window + 1 : 0;
         float *out = a->out + row * a->out_row_stride + head * head_dim;
-        queries[pair - from] =
-            (attend_query){a->q + row * a->q_row_stride + head * head_dim, out, first, position, -INFINITY, 0.0f};
+        queries[pair - from] = (attend_query){a->q + row * a->q_row_stride + head * head_dim, out,
+                                              first_position_seen(a, pair), position, -INFINITY, 0.0f};
         memset(out, 0, head_dim * sizeof *out);
     }
     /* Rows rise, so the first query reaches back the furthest and the last one sees the last block. */
-    int last = queries[to - from - 1].position / KV_BLOCK;
-    for (int b = queries[0].first / KV_BLOCK; b <= last; b++)
+    for (int b = begin / KV_BLOCK; b <= last; b++)
         attend_block(a, queries, to - from, b, last);
     for (int i = 0; i < to - from; i++) {
         vec16 sum = v_set(queries[i].sum);
