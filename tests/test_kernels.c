@@ -439,7 +439,7 @@ static void empty_probability_is_minus_infinity(void **state)
 typedef struct {
     attend_args args;
     float *q, *pool, *out;
-    int32_t ids[64];
+    int32_t *ids;
     size_t n_out;
 } attention;
 
@@ -449,6 +449,7 @@ static attention attention_make(uint64_t *seed, int n_heads, int head_dim, int f
     attention a = {0};
     int filled = first + n_rows, n_blocks = (filled + KV_BLOCK - 1) / KV_BLOCK;
     size_t block_floats = kv_head_floats(head_dim) + 48;
+    a.ids = malloc((size_t)n_blocks * sizeof *a.ids);
     a.pool = aligned_alloc(64, (size_t)n_blocks * block_floats * sizeof *a.pool);
     for (size_t i = 0; i < (size_t)n_blocks * block_floats; i++)
         a.pool[i] = NAN;
@@ -476,7 +477,7 @@ static attention attention_make(uint64_t *seed, int n_heads, int head_dim, int f
 
 static void attention_free(attention *a)
 {
-    free(a->q), free(a->pool), free(a->out);
+    free(a->q), free(a->pool), free(a->out), free(a->ids);
 }
 
 static void check_attention(attention *a)
