@@ -1,24 +1,11 @@
 /* How long one token takes to choose. Usage: bench_sampler [VOCAB] */
 #include "tests/support.h"
+#include "tests/support_bench.h"
 #include "worker/sampler.h"
 
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <time.h>
-
-static double now_us(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec * 1e6 + (double)t.tv_nsec / 1e3;
-}
-
-static int rising(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
 
 static void measure(sampler *s, const float *x, const char *name, const sampling_params *p)
 {
@@ -26,13 +13,12 @@ static void measure(sampler *s, const float *x, const char *name, const sampling
     double us[ROUNDS];
     for (int i = 0; i < ROUNDS; i++) {
         int token;
-        double start = now_us();
+        double start = bench_now();
         if (sampler_choose(s, p, NULL, x, (uint32_t)i, 0, &token) != STATUS_OK)
             exit(1);
-        us[i] = now_us() - start;
+        us[i] = (bench_now() - start) * 1e6;
     }
-    qsort(us, ROUNDS, sizeof us[0], rising);
-    printf("%-28s %8.1f us (median of %d)\n", name, us[ROUNDS / 2], ROUNDS);
+    printf("%-28s %8.1f us (median of %d)\n", name, bench_median(us, ROUNDS), ROUNDS);
 }
 
 int main(int argc, char **argv)
@@ -59,13 +45,13 @@ int main(int argc, char **argv)
     measure(s, x, "top-p 0.9, temperature 2", &(sampling_params){.top_p = 0.9f, .temperature = 2});
     measure(s, x, "min-p 0.05", &(sampling_params){.temperature = 1, .min_p = 0.05f});
     token_logprob top[20];
-    double start = now_us();
+    double start = bench_now();
     for (int i = 0; i < 100; i++) {
         float sum = sampler_log_sum_exp(x, vocab);
         sampler_top_logprobs(s, x, sum, 20, top);
         top[0] = sampler_logprob(x, vocab, sum, top[3].token);
     }
-    printf("%-28s %8.1f us\n", "20 logprobs and the chosen", (now_us() - start) / 100);
+    printf("%-28s %8.1f us\n", "20 logprobs and the chosen", (bench_now() - start) * 1e4);
     sampler_destroy(s);
     free(x);
     return 0;

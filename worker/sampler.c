@@ -4,7 +4,7 @@
  *   greedy   the best block maximum, then one block
  *   top-k    the k-th largest block maximum is a floor (k tokens reach it), so at most k blocks are opened; the k-th best
  *            among what passes the floor is found by quickselect
- *   top-p    a floor is lowered until what passes it has mass p; then quickselect by mass
+ *   top-p    a floor is lowered until what passes it has mass p; then quickselect by mass between the last two floors
  *
  * A token is packed with its logit in one 64-bit key (logit high, inverted id low), so that "better" is one integer comparison
  * and a tie can never depend on the order in which candidates were found. What is kept is always "keys >= cut", read in id order.
@@ -509,22 +509,6 @@ static double weigh(sampler *s, const float *x, int n, float max, float scale)
     return mass;
 }
 
-/* Top-p over everything: lowers a floor until what passes it holds the target mass, so that only that much is looked at. weigh_all() has run. */
-static int collect_mass(sampler *s, const float *x, float max, float scale, double target)
-{
-    for (float depth = 3;; depth += 3) {
-        bool all = depth > 87;
-        double mass = 0;
-        int n = collect(s, x, all ? -INFINITY : max - depth / scale);
-        for (int i = 0; i < n; i++) {
-            s->candidates[i].weight = s->weights[key_token(s->candidates[i].key)];
-            mass += (double)s->candidates[i].weight;
-        }
-        if (mass >= target || all)
-            return n;
-    }
-}
-
 static int cut_mass(sampler *s, int n, double target)
 {
     memcpy(s->shuffled, s->candidates, (size_t)n * sizeof *s->shuffled);
@@ -592,6 +576,62 @@ static int draw_any(const sampler *s, double mass, double u)
     return chosen;
 }
 
+/* The mass of all tokens of at least this weight; block_scratch holds every block's largest. */
+static double mass_reaching(const sampler *s, float weight)
+{
+    double mass = 0;
+    for (int b = 0; b < s->n_blocks; b++) {
+        if (s->block_scratch[b] < weight)
+            continue;
+        float lane[LANES] = {0};
+        const float *w = s->weights + b * BLOCK;
+        int n = block_end(b, s->vocab) - b * BLOCK, i = 0;
+        for (; i + LANES <= n; i += LANES)
+            for (int j = 0; j < LANES; j++)
+                lane[j] += w[i + j] >= weight ? w[i + j] : 0;
+        for (; i < n; i++)
+            lane[0] += w[i] >= weight ? w[i] : 0;
+        for (int j = 1; j < LANES; j++)
+            lane[0] += lane[j];
+        mass += (double)lane[0];
+    }
+    return mass;
+}
+
+static int collect_reaching(sampler *s, const float *x, float weight)
+{
+    int n = 0;
+    for (int b = 0; b < s->n_blocks; b++) {
+        if (s->block_scratch[b] < weight)
+            continue;
+        for (int i = b * BLOCK, end = block_end(b, s->vocab); i < end; i++)
+            if (s->weights[i] >= weight)
+                s->candidates[n++] = (candidate){.key = key_of(x[i], i), .weight = s->weights[i]};
+    }
+    return n;
+}
+
+/* Top-p over everything: a floor is lowered by e until the target mass reaches it; the last token kept is then among those between
+ * the last two floors, so only these are searched. */
+static int collect_mass(sampler *s, const float *x, float max, float scale, double target)
+{
+    for (int b = 0; b < s->n_blocks; b++)
+        s->block_scratch[b] = exp_nonpositive((s->block_max[b] - max) * scale);
+    float floor = 1, upper = INFINITY;
+    double above = 0, mass = mass_reaching(s, floor);
+    while (mass < target && floor > 0) {
+        upper = floor;
+        above = mass;
+        floor = floor > 1e-37f ? floor * 0.36787944f : 0;
+        mass = mass_reaching(s, floor);
+    }
+    int n = collect_reaching(s, x, floor), between = 0;
+    for (int i = 0; i < n; i++)
+        if (s->candidates[i].weight < upper)
+            s->shuffled[between++] = s->candidates[i];
+    return between ? drop_below(s->candidates, n, select_mass(s->shuffled, between, target - above)) : n;
+}
+
 status sampler_choose(sampler *s, const sampling_params *p, const sampler_history *history, const float *logits, uint32_t position,
                       int n_output, int *token)
 {
@@ -620,7 +660,7 @@ status sampler_choose(sampler *s, const sampling_params *p, const sampler_histor
             n = cut_mass(s, n, (double)p->top_p * mass);
     } else {
         double target = (double)p->top_p * weigh_all(s, x, max, scale);
-        n = cut_mass(s, collect_mass(s, x, max, scale, target), target);
+        n = collect_mass(s, x, max, scale, target);
     }
     *token = draw_candidate(s, n, u);
     return STATUS_OK;
