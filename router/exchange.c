@@ -185,9 +185,9 @@ status exchange_send(exchange *x, int n_rows, const route *routes, const int16_t
 
 status exchange_wait(exchange *x)
 {
-    double start = node_seconds();
+    double start = clock_seconds();
     status st = x->way->wait(x);
-    x->stats.wait_seconds += node_seconds() - start;
+    x->stats.wait_seconds += clock_seconds() - start;
     return st;
 }
 
@@ -313,14 +313,14 @@ static void index_home_spills(exchange *x)
 
 status exchange_wait_results(exchange *x)
 {
-    double start = node_seconds();
+    double start = clock_seconds();
     if (x->n_rows)
         memset(x->n_parts, 0, (size_t)x->n_rows * sizeof *x->n_parts);
     x->n_home = 0;
     TRY(add_own_spills(x));
     TRY(x->way->wait_results(x));
     index_home_spills(x);
-    x->stats.wait_seconds += node_seconds() - start;
+    x->stats.wait_seconds += clock_seconds() - start;
     return STATUS_OK;
 }
 

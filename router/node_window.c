@@ -43,13 +43,6 @@ bool node_stop_requested(void)
     return stop_requested;
 }
 
-double node_seconds(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
 /* ---- peers ---- */
 
 status node_peers_open(node_peers *peers)
@@ -110,7 +103,7 @@ status node_peers_watch(const node_peers *peers, const wait_reason *why, double 
         return STATUS_OK;
     status code = first_to_report(peers) ? STATUS_STOPPED : STATUS_ELSEWHERE;
     return status_fail(code, "told to stop while rank %d (host %s) waited for %s for %.1f s", me, peers->host,
-                       reason_text(why, text, sizeof text), node_seconds() - since);
+                       reason_text(why, text, sizeof text), clock_seconds() - since);
 }
 
 /* ---- events ---- */
@@ -145,7 +138,7 @@ bool node_event_reached(const node_event *event, uint32_t value)
 static status sleep_on(node_event *event, uint32_t value, const node_peers *peers, const wait_reason *why)
 {
     const struct timespec timeout = {.tv_nsec = (long)(WATCH_SECONDS * 1e9)};
-    double since = node_seconds();
+    double since = clock_seconds();
     for (;;) {
         uint32_t seen = atomic_load(&event->value);
         if ((int32_t)(seen - value) >= 0)
@@ -187,7 +180,7 @@ status node_backoff_pause(node_backoff *backoff, bool spin, unsigned max_us, con
         sched_yield();
         return STATUS_OK;
     }
-    double now = node_seconds();
+    double now = clock_seconds();
     if (backoff->since == 0)
         backoff->since = backoff->watched = now;
     if (now - backoff->watched > WATCH_SECONDS || stop_requested) {

@@ -10,6 +10,7 @@
 #ifndef CONVOKE_ROUTER_NODE_WINDOW_H
 #define CONVOKE_ROUTER_NODE_WINDOW_H
 
+#include "proto/clock.h"
 #include "proto/status.h"
 
 #include <stdatomic.h>
@@ -42,14 +43,13 @@ typedef struct {
 } wait_reason;
 
 /* STATUS_PEER_LOST when a peer of this node is gone, STATUS_STOPPED after SIGTERM (either only on the rank that says so first, else
- * STATUS_ELSEWHERE); `since` is node_seconds() at the start of the wait. */
+ * STATUS_ELSEWHERE); `since` is clock_seconds() at the start of the wait. */
 status node_peers_watch(const node_peers *peers, const wait_reason *why, double since);
 
 /* SIGTERM sets a flag that ends waits; a second one kills as usual. */
 void node_stop_install(void);
 bool node_stop_requested(void);
 
-double node_seconds(void); /* a steady clock */
 
 typedef struct {
     _Alignas(64) _Atomic uint32_t value;

@@ -16,6 +16,7 @@
  * Ceiling: bytes that any way must copy on a rank (rows in, T h; gathered rows, T k h; outputs read, T k h; rows out, T h; h = 4 hidden
  * bytes) over what memcpy copies per second here when all ranks copy at once. */
 #include "proto/log.h"
+#include "proto/clock.h"
 #include "router/exchange.h"
 #include "tests/support.h"
 
@@ -24,7 +25,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
-#include <time.h>
 #include <unistd.h>
 
 typedef struct {
@@ -48,13 +48,6 @@ typedef struct {
     packet_entry *their_entries;
     exchange *x;
 } bench;
-
-static double now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 
 static void *get(size_t bytes)
 {
@@ -345,9 +338,9 @@ static void measure(bench *b)
     for (int round = -2; round < b->rounds; round++)
         for (int w = 0; w < 4; w++) {
             must(group_barrier(b->g), b->g);
-            double begin = now(), took, slowest;
+            double begin = clock_seconds(), took, slowest;
             ways[w](b);
-            took = now() - begin;
+            took = clock_seconds() - begin;
             MPI_Allreduce(&took, &slowest, 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD);
             if (round >= 0)
                 times[w][round] = slowest;
@@ -380,11 +373,11 @@ static void measure_idle(group *g)
     const void *bytes = "go", *parts[64];
     size_t size = 3, sizes[64];
     must(group_barrier(g), g);
-    double cpu = cpu_seconds(), begin = now(), share;
+    double cpu = cpu_seconds(), begin = clock_seconds(), share;
     if (group_rank(g) == 0)
         sleep(3);
     must(group_broadcast_message(g, &bytes, &size), g);
-    share = 100 * (cpu_seconds() - cpu) / (now() - begin);
+    share = 100 * (cpu_seconds() - cpu) / (clock_seconds() - begin);
     must(group_gather(g, &share, sizeof share, parts, sizes), g);
     for (int r = 1; group_rank(g) == 0 && r < group_size(g); r++)
         printf("rank %d waited 3 s for an idle leader with %.2f %% of a core (goal 2 %%)\n", r, *(const double *)parts[r]);

@@ -3,6 +3,7 @@
  * Per row, median of 101 rounds. For scale: an expert's products over one row of 4096 x 1536 are 38 MFLOP, about 0.3 ms at 128
  * GFLOP/s, and a row has eight of them. */
 #include "placement/routing_stats.h"
+#include "proto/clock.h"
 #include "router/combine.h"
 #include "router/gate.h"
 #include "router/packet.h"
@@ -23,10 +24,10 @@ static void measure(const char *name, work *run, void *arg, int rows)
 {
     double us[ROUNDS];
     for (int i = 0; i < ROUNDS; i++) {
-        double start = bench_now();
+        double start = clock_seconds();
         for (int j = 0; j < REPEATS; j++)
             run(arg);
-        us[i] = (bench_now() - start) * 1e6 / REPEATS / rows;
+        us[i] = (clock_seconds() - start) * 1e6 / REPEATS / rows;
     }
     printf("%-58s %9.3f us a row\n", name, bench_median(us, ROUNDS));
 }

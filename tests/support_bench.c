@@ -1,22 +1,16 @@
 #include "tests/support_bench.h"
 
+#include "proto/clock.h"
+
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <time.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 static volatile float sink;
-
-double bench_now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
-}
 
 static int by_value(const void *a, const void *b)
 {
@@ -137,16 +131,16 @@ static thread_pool_fn fma_loop(void)
 double bench_read_rate(thread_pool *pool, const void *data, size_t bytes)
 {
     read_span span = {.data = data, .bytes = bytes};
-    double start = bench_now();
+    double start = clock_seconds();
     thread_pool_run(pool, read_loop, &span);
-    return (double)bytes / (bench_now() - start);
+    return (double)bytes / (clock_seconds() - start);
 }
 
 double bench_fma_rate(thread_pool *pool)
 {
-    double start = bench_now();
+    double start = clock_seconds();
     thread_pool_run(pool, fma_loop(), NULL);
-    return 2.0 * fma_lanes() * FMA_CHAINS * FMA_TURNS * thread_pool_size(pool) / (bench_now() - start);
+    return 2.0 * fma_lanes() * FMA_CHAINS * FMA_TURNS * thread_pool_size(pool) / (clock_seconds() - start);
 }
 
 void *bench_big_memory(size_t bytes)

@@ -6,7 +6,6 @@
 
 #include <stddef.h>
 
-double bench_now(void); /* seconds */
 double bench_median(const double *values, int n); /* n up to 256 */
 
 /* Bytes per second of a plain read loop over `bytes` of memory at `data` on all threads of the pool. */

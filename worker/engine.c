@@ -2,12 +2,12 @@
  * sequences, its batch, its report); rank 0 does both. Places and buffers are made at the start; a step only moves between them. */
 #include "worker/engine.h"
 
+#include "proto/clock.h"
 #include "worker/batch_form.h"
 #include "worker/engine_wire.h"
 
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 /* A sequence this rank owns. Arrays are sized for the longest sequence at creation; those of a request's sampling grow once. */
 typedef struct {
@@ -86,13 +86,6 @@ struct engine {
     const void **parts_in;
     size_t *sizes_in;
 };
-
-static double now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
-}
 
 /* ---- creation ---------------------------------------------------------------------------------------------------------- */
 
@@ -762,13 +755,13 @@ static status send_report(engine *e, double start)
     wire_report sum = {0};
     for (int r = 0; r < e->n_ranks; r++)
         TRY(read_report(e, e->parts_in[r], e->sizes_in[r], &sum));
-    count_step(e, &sum, now() - start);
+    count_step(e, &sum, clock_seconds() - start);
     return STATUS_OK;
 }
 
 static status step(engine *e, bool stop)
 {
-    double start = now();
+    double start = clock_seconds();
     const void *message = NULL;
     size_t size = 0;
     if (e->rank == 0) {

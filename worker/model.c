@@ -6,13 +6,13 @@
  */
 #include "worker/model.h"
 
+#include "proto/clock.h"
 #include "router/gate.h"
 #include "worker/experts.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 enum { ROW_PAD = 16, ATTEND_ROWS = 16, MAX_HEAD_FLOATS = 1 << 22 };
 
@@ -56,13 +56,6 @@ struct model {
     size_t rows_stride;
     status failed;
 };
-
-static double now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
-}
 
 static void *take(model *m, size_t n, size_t size)
 {
@@ -488,28 +481,28 @@ static status moe(model *m)
 {
     const layer_weights *w = &m->parts.weights->layers[m->layer];
     int own = group_rank(m->parts.group);
-    double t0 = now();
+    double t0 = clock_seconds();
     m->rows = exchange_rows(m->exchange, &m->rows_stride);
     TRY(route_rows(m, w));
-    double t1 = now();
+    double t1 = clock_seconds();
     TRY(exchange_send(m->exchange, m->batch->n_rows, m->routes, m->parts.combine == COMBINE_FIXED ? m->exponents : NULL));
-    double t2 = now();
+    double t2 = clock_seconds();
     if (m->parts.config->shared_inter > 0)
         run_shared(m, w);
     TRY(experts_run_home(m->experts, w->experts, m->exchange, own));
-    double t3 = now();
+    double t3 = clock_seconds();
     TRY(exchange_wait(m->exchange));
-    double t4 = now();
+    double t4 = clock_seconds();
     TRY(experts_run_rest(m->experts, w->experts, m->exchange, own));
-    double t5 = now();
+    double t5 = clock_seconds();
     TRY(exchange_return(m->exchange));
-    double t6 = now();
+    double t6 = clock_seconds();
     TRY(exchange_wait_results(m->exchange));
-    double t7 = now();
+    double t7 = clock_seconds();
     run_rows(m, pass_combine, (size_t)m->parts.config->hidden);
     m->times.attention_seconds += t1 - t0;
     m->times.expert_seconds += (t3 - t2) + (t5 - t4);
-    m->times.exchange_seconds += (t2 - t1) + (t6 - t5) + (now() - t7);
+    m->times.exchange_seconds += (t2 - t1) + (t6 - t5) + (clock_seconds() - t7);
     int rows, touched;
     experts_last_load(m->experts, &rows, &touched);
     m->layer_load[m->moe_layer] += (unsigned long long)rows;
@@ -538,16 +531,16 @@ status model_forward(model *m, const batch *b)
     run_rows(m, pass_embed, (size_t)c->hidden);
     m->moe_layer = 0;
     for (m->layer = 0; m->layer < c->n_layers; m->layer++) {
-        double start = now();
+        double start = clock_seconds();
         attention(m);
-        m->times.attention_seconds += now() - start;
+        m->times.attention_seconds += clock_seconds() - start;
         if (c->moe_layer[m->layer]) {
             TRY(moe(m));
             m->moe_layer++;
         } else {
-            start = now();
+            start = clock_seconds();
             dense(m);
-            m->times.expert_seconds += now() - start;
+            m->times.expert_seconds += clock_seconds() - start;
         }
     }
     m->turn += (uint32_t)b->n_rows;
@@ -557,12 +550,12 @@ status model_forward(model *m, const batch *b)
 const float *model_head(model *m, const int *rows, int n)
 {
     const model_config *c = m->parts.config;
-    double start = now();
+    double start = clock_seconds();
     for (int i = 0; i < n; i++)
         m->parts.kernels->rmsnorm(m->h + (size_t)rows[i] * (size_t)c->hidden, m->parts.weights->final_norm, c->hidden, c->rms_eps,
                                   m->head_x + (size_t)i * m->x_stride);
     projection head = {&m->parts.weights->head, m->logits, (size_t)c->vocab, NULL};
     project(m->parts.pool, m->parts.kernels, &head, 1, m->head_x, m->x_stride, n);
-    m->times.head_seconds += now() - start;
+    m->times.head_seconds += clock_seconds() - start;
     return m->logits;
 }

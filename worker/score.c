@@ -2,13 +2,13 @@
 
 #include "placement/routing_trace.h"
 #include "proto/bytes.h"
+#include "proto/clock.h"
 #include "proto/console.h"
 #include "proto/safetensors.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 /* A run as rank 0 sees it; the other ranks use little of it. */
@@ -37,13 +37,6 @@ typedef struct {
     bool out_of_step;        /* this rank left the step loop alone: nothing can be agreed on any more */
     double start, ready, step_seconds;
 } score;
-
-static double now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
-}
 
 /* ---- before loading ------------------------------------------------------------------------------------------------------ */
 
@@ -244,7 +237,7 @@ static void listen_event(void *arg, const engine_event *event)
         s->failed = take_rows(s, line, event);
     s->n_rows += event->kind == ENGINE_EVENT_TOKEN ? 1 : event->decode ? 0 : event->n_rows;
     s->n_finished += event->kind == ENGINE_EVENT_FINISHED;
-    double seconds = now() - s->ready;
+    double seconds = clock_seconds() - s->ready;
     console_show(&s->console, "%d of %d lines done, %lld tokens, %s", s->n_finished, s->lines.n_lines, s->n_rows,
                  human_rate(seconds > 0 ? (double)s->n_rows / seconds : 0, "tokens/s").text);
 }
@@ -296,9 +289,9 @@ static status follow(score *s)
 
 static status run_steps(score *s)
 {
-    s->ready = now();
+    s->ready = clock_seconds();
     status st = group_rank(s->group) == 0 ? lead(s) : follow(s);
-    s->step_seconds = now() - s->ready;
+    s->step_seconds = clock_seconds() - s->ready;
     return st;
 }
 
@@ -381,7 +374,7 @@ out:
 
 static status run(score *s)
 {
-    s->start = now();
+    s->start = clock_seconds();
     TRY(group_agree(s->group, group_rank(s->group) == 0 ? read_input(s) : STATUS_OK));
     TRY(share_input(s));
     TRY(runtime_create(s->group, &s->runtime_options, listen_event, s, &s->runtime));
