@@ -1,4 +1,5 @@
 /* How long one token takes to choose. Usage: bench_sampler [VOCAB] */
+#include "proto/clock.h"
 #include "tests/support.h"
 #include "tests/support_bench.h"
 #include "worker/sampler.h"
@@ -13,10 +14,10 @@ static void measure(sampler *s, const float *x, const char *name, const sampling
     double us[ROUNDS];
     for (int i = 0; i < ROUNDS; i++) {
         int token;
-        double start = bench_now();
+        double start = clock_seconds();
         if (sampler_choose(s, p, NULL, x, (uint32_t)i, 0, &token) != STATUS_OK)
             exit(1);
-        us[i] = (bench_now() - start) * 1e6;
+        us[i] = (clock_seconds() - start) * 1e6;
     }
     printf("%-28s %8.1f us (median of %d)\n", name, bench_median(us, ROUNDS), ROUNDS);
 }
@@ -45,13 +46,13 @@ int main(int argc, char **argv)
     measure(s, x, "top-p 0.9, temperature 2", &(sampling_params){.top_p = 0.9f, .temperature = 2});
     measure(s, x, "min-p 0.05", &(sampling_params){.temperature = 1, .min_p = 0.05f});
     token_logprob top[20];
-    double start = bench_now();
+    double start = clock_seconds();
     for (int i = 0; i < 100; i++) {
         float sum = sampler_log_sum_exp(x, vocab);
         sampler_top_logprobs(s, x, sum, 20, top);
         top[0] = sampler_logprob(x, vocab, sum, top[3].token);
     }
-    printf("%-28s %8.1f us\n", "20 logprobs and the chosen", (bench_now() - start) * 1e4);
+    printf("%-28s %8.1f us\n", "20 logprobs and the chosen", (clock_seconds() - start) * 1e4);
     sampler_destroy(s);
     free(x);
     return 0;
