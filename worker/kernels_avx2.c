@@ -12,13 +12,16 @@
  * then take 12 accumulators and 8 loads for 12 FMA (half_tile). Doing both halves at once is a 3 x 2 tile that loads for every FMA.
  * A call of up to five rows is bound by memory: one weight row at a time, both halves in one pass (both_tile).
  *
- * What was tried, on Zen 3 (bench_kernels; share of the read loop or of the FMA loop, one thread):
- *   one row        one weight row at a time with a prefetch ahead: the read loop's own speed; two or four weight rows at once: 75-80 %;
- *                  prefetching 1, 2, 4, 8 or 16 KiB ahead makes no difference beyond the noise
- *   4 and 5 rows   both_tile 70 and 62 % of the read loop, half_tile 60 and 55 %; at 6 they are equal
- *   64 rows        K 768 and 1,024: 82 % of FMA; without IN_REGISTER 59-66 %. K 2,048: 56 % in one piece, 76 % in pieces of 1,024;
- *                  K 4,096: 50 %, then 72 %
- *   8, 16 rows     47 and 48 % of FMA when a block's first tile alone waited for memory, 68 and 78 % with the next block prefetched */
+ * What was tried: variants in turn on one thread of a Zen 3 whose two CPUs were busy with other work, CPU time, bf16, N 768.
+ * The load cost the kernels more than the register-only FMA loop, so both the median of the runs and the best sample are given;
+ * neither stands for bench_kernels on an idle machine.
+ *                                                        this way                another way
+ *   1 row, of the read loop's speed (3 runs)             99-101 %                2 weight rows at once 76-85 %, 4: 75-77 %
+ *   4, 5 rows, of the read loop's speed (3 runs)         69-71, 58-68 %          half_tile 57-66, 52-61 %; at 6 rows no difference
+ *   8 rows, K 1,024, of the FMA loop's (6 runs)          38 %, best 62           without prefetching the next block 31 %, best 42
+ *   64 rows, K 1,024                                     57 %, best 82           without IN_REGISTER 57 %, best 68
+ *   64 rows, K 4,096                                     54 %, best 74           K in one piece 50 %, best 59
+ * K in pieces made no difference at 2,048, nor did prefetching 1, 2, 4, 8 or 16 KiB ahead of one to five rows. */
 #include "worker/kernels.h"
 
 #if defined(__AVX2__)
