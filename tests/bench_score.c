@@ -224,7 +224,7 @@ static double run_llama(char kind, int n)
     const char *slash = strrchr(options.model, '/');
     snprintf(gguf, sizeof gguf, "%s/%s.gguf", options.llama, slash ? slash + 1 : options.model);
     if (kind == 'b')
-        snprintf(command, sizeof command, "%s/bin/llama-batched-bench -m %s -c 8192 -npp 128 -ntg 32 -npl %d -t %d -tb %d --output-format jsonl 2>/dev/null | grep speed_tg",
+        snprintf(command, sizeof command, "%s/bin/llama-batched-bench -m %s -c 8192 -npp 16 -ntg 32 -npl %d -t %d -tb %d --output-format jsonl 2>/dev/null | grep speed_tg",
                  options.llama, gguf, n, (int)options.threads, (int)options.threads);
     else
         snprintf(command, sizeof command, "%s/bin/llama-bench -m %s -p %d -n %d -t %d -r 1 -o jsonl 2>/dev/null", options.llama, gguf,
@@ -272,10 +272,10 @@ static void print_head(void)
 static void bench_decode(const formulas *f, int sequences)
 {
     double speed[MOST_ROUNDS], share[MOST_ROUNDS], ratio[MOST_ROUNDS], bounds[MOST_ROUNDS], llama[MOST_ROUNDS], touched = 0, rate = 0, peak = 0;
-    int n = 0, prompt = sequences == 1 ? 1 : 128, tokens = sequences == 1 ? 64 : 32;
+    int n = 0, prompt = sequences == 1 ? 1 : 16, tokens = sequences == 1 ? 64 : 32;
     for (int64_t i = 0; i < options.rounds; i++) {
         measured m;
-        if (!run_measure(1, (int)options.threads, sequences, prompt, tokens + 1, 3, &m))
+        if (!run_measure(1, (int)options.threads, sequences, prompt, tokens + 1, sequences == 1 ? 3 : 2, &m))
             return;
         double theirs = sequences == 1 ? run_llama('d', tokens) : run_llama('b', sequences);
         double each[MOST_ROUNDS], part[MOST_ROUNDS];

@@ -3,9 +3,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Tiles: TILE_ROWS rows by as many columns as keep a tile at TILE_FLOATS, so that x, weights and tile stay in the L2 cache
- * when there are many rows, and calls stay long when there are few. */
-enum { TILE_ROWS = 64, TILE_FLOATS = 4096, WAVE_ROWS = 2048, HOME_ROWS = 32, ROW_PAD = 16 };
+/* Tiles: TILE_ROWS rows by as many columns as keep a tile at TILE_FLOATS: wide enough that packing the rows costs a product little,
+ * small enough to stay in the L2 cache beside rows and weights. Columns are cut in multiples of COLUMNS, which every
+ * instruction set's register tile divides. */
+enum { TILE_ROWS = 64, TILE_FLOATS = 64 * 192, COLUMNS = 48, WAVE_ROWS = 2048, HOME_ROWS = 32, ROW_PAD = 16 };
 
 /* A pass over few rows is limited by reading weights: up to this many rows a column costs the same. */
 enum { MEMORY_BOUND_ROWS = 4 };
@@ -131,13 +132,14 @@ static long column_cost(int n_rows)
     return n_rows > MEMORY_BOUND_ROWS ? n_rows : MEMORY_BOUND_ROWS;
 }
 
-/* Where `bound` cuts n columns of `cost` each that start at `start`: a multiple of 16 columns, or the end. */
+/* Where `bound` cuts n columns of `cost` each that start at `start`: a multiple of COLUMNS (16 where there are few), or the end. */
 static int cut_columns(long start, long cost, int n, long bound)
 {
     long column = (bound - start) / cost;
     if (bound <= start)
         return 0;
-    return column >= n ? n : (int)(column & ~15L);
+    long grain = n >= 16 * COLUMNS ? COLUMNS : 16;
+    return column >= n ? n : (int)(column - column % grain);
 }
 
 static void add_segment(experts *e, const mlp_weights *weights, int first, int n_rows)
@@ -159,8 +161,8 @@ static void segment_share(const experts *e, const segment *s, int n_columns, int
 static int tile_columns(int n_rows)
 {
     int rows = n_rows < TILE_ROWS ? n_rows : TILE_ROWS;
-    int columns = TILE_FLOATS / rows & ~15;
-    return columns < 512 ? columns : 512;
+    int columns = TILE_FLOATS / rows;
+    return columns < 16 * COLUMNS ? columns - columns % COLUMNS : 16 * COLUMNS;
 }
 
 static const void *matrix_row(const weight_matrix *w, int row)
@@ -243,7 +245,7 @@ static void pass_down(void *arg, int thread, int n_threads)
 {
     experts *e = arg;
     size_t first, last;
-    thread_pool_share((size_t)e->shape.hidden, 16, thread, n_threads, &first, &last);
+    thread_pool_share((size_t)e->shape.hidden, e->shape.hidden >= 16 * COLUMNS ? COLUMNS : 16, thread, n_threads, &first, &last);
     for (int i = 0; i < e->n_segments; i++) {
         const segment *s = &e->segments[i];
         int step = tile_columns(s->n_rows);
