@@ -11,9 +11,9 @@ export CONVOKE_MPI_SECONDS=120
 "$here/run_mpi.sh" 3 "$program" --model "$model" --input "$lines" --greedy 60 --threads 1 --routing "$out/trace" >"$out/stdout" 2>"$out/stderr" &
 job=$!
 victim=
-for _ in $(seq 300); do # the trace's temporary file says that rank 0 has begun; then rank 1 is in the step loop
+for _ in $(seq 600); do # rank 1 maps the windows of the group and, last before the step loop, of the exchange
     victim=$(for p in $(pgrep -f -- "--routing $out/trace"); do tr '\0' '\n' <"/proc/$p/environ" 2>/dev/null | grep -qx 'OMPI_COMM_WORLD_RANK=1' && echo "$p"; done | head -1)
-    [ -n "$victim" ] && grep -q convoke "/proc/$victim/maps" 2>/dev/null && break
+    [ -n "$victim" ] && [ "$(grep -o '/dev/shm/convoke[^ ]*' "/proc/$victim/maps" 2>/dev/null | sort -u | wc -l)" -ge 4 ] && break
     sleep 0.05
 done
 sleep 0.3
