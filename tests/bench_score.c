@@ -1,6 +1,6 @@
 /* bench_score - whole steps of a model against what the machine can do, and against llama.cpp.
  *
- *     bench_score --model DIR [--llama DIR] [--threads T] [--rounds R] [--only decode|prefill|ranks|memory]
+ *     bench_score --model DIR [--llama DIR] [--threads T] [--rounds R] [--only decode|prefill|ranks|memory|start]
  *
  * DIR of --llama is the work folder of a llama.cpp build: bin/llama-bench, bin/llama-batched-bench and <model>.gguf made from the
  * same checkpoint. Every figure is measured by a child process of its own (`--measure`), ours and llama.cpp's in turn, R
@@ -12,6 +12,7 @@
  * rows whose logits are taken, 4 * head_dim per query head and visible position. */
 #include "tests/support_bench.h"
 
+#include "proto/clock.h"
 #include "proto/json.h"
 #include "proto/log.h"
 #include "proto/options.h"
@@ -380,6 +381,32 @@ static void bench_memory(void)
     }
 }
 
+static double command_seconds(const char *command)
+{
+    double start = clock_seconds();
+    return bench_output(command) ? clock_seconds() - start : 0;
+}
+
+/* From the shell's return key to the last line printed, with the bundled model on two ranks: first token, and the end of mpirun too. */
+static void bench_start(void)
+{
+    const char *source = getenv("CONVOKE_SOURCE_DIR") ? getenv("CONVOKE_SOURCE_DIR") : ".";
+    double ours[MOST_ROUNDS], empty[MOST_ROUNDS];
+    char command[14000], folder[4096];
+    snprintf(folder, sizeof folder, "%s", own_path);
+    for (int up = 0; up < 2; up++)
+        *strrchr(folder, '/') = '\0';
+    for (int64_t i = 0; i < options.rounds; i++) {
+        snprintf(command, sizeof command, "%s/tests/run_mpi.sh 2 true", source);
+        empty[i] = command_seconds(command);
+        snprintf(command, sizeof command, "%s/tests/run_mpi.sh 2 %s/convoke-score --model %s/deploy/models/convoke-demo --input %s/tests/data/demo_lines.jsonl --greedy 1 --batch 6",
+                 source, folder, source, source);
+        ours[i] = command_seconds(command);
+    }
+    printf("start to end of a one-token run, bundled model, 2 ranks: %.2f s, of which mpirun of an empty program takes %.2f s (goal 1 s)\n",
+           bench_median(ours, (int)options.rounds), bench_median(empty, (int)options.rounds));
+}
+
 static bool wants(const char *what)
 {
     return !options.only || strcmp(options.only, what) == 0;
@@ -404,6 +431,8 @@ static status bench_all(void)
     }
     if (wants("memory"))
         bench_memory();
+    if (wants("start"))
+        bench_start();
     model_config_clear(&c);
     return STATUS_OK;
 }
@@ -415,7 +444,7 @@ int main(int argc, char **argv)
         {"llama", OPTION_STRING, &options.llama, .argument = "DIR", .help = "work folder of a llama.cpp build, to compare in turn"},
         {"threads", OPTION_INT, &options.threads, .fallback = "2", .min = 1, .max = 1024, .help = "threads"},
         {"rounds", OPTION_INT, &options.rounds, .fallback = "5", .min = 1, .max = MOST_ROUNDS - 2, .help = "alternating rounds"},
-        {"only", OPTION_STRING, &options.only, .argument = "decode|prefill|ranks|memory", .help = "one group of figures"},
+        {"only", OPTION_STRING, &options.only, .argument = "decode|prefill|ranks|memory|start", .help = "one group of figures"},
         {"measure", OPTION_STRING, &options.measure, .help = "one measurement, as JSON lines (used by itself)"},
         {"batch", OPTION_INT, &options.batch, .fallback = "1", .min = 1, .max = 4096, .help = "with --measure: sequences"},
         {"prompt", OPTION_INT, &options.prompt, .fallback = "1", .min = 1, .max = 1 << 20, .help = "with --measure: prompt tokens each"},

@@ -20,7 +20,7 @@
 
 #define W_BLOCK_BYTES        (96 * 1024)
 #define W_BLOCK_ROWS         48
-#define PREFETCH_BYTES       2048
+#define PREFETCH_BYTES       4096
 #define WEIGHT_BYTES(format) ((size_t)((format) == FORMAT_F32 ? 4 : 2)) /* a constant inside a tile */
 
 /* What to prefetch beside the weights at hand: those `ahead` bytes on, this tile its `part` of `parts`. ahead 0: whatever suits. */
