@@ -8,7 +8,9 @@
  * operations at the speed of a loop of FMA on registers. Kernel and both loops take turns, round by round, because the speed
  * of a shared machine moves; the ratio is the median of the rounds' ratios. Weights come from memory: a round walks through
  * more of them than any cache holds. */
+#include "proto/clock.h"
 #include "tests/support.h"
+#include "tests/support_bench.h"
 #include "worker/kernels.h"
 #include "worker/thread_pool.h"
 
@@ -17,12 +19,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 #define MOST_ROUNDS 31
+
+static volatile float sink;
 
 static struct {
     bool quick, json;
@@ -34,110 +34,6 @@ static struct {
     char *weights; /* walked through by every figure that is to come from memory */
     size_t weight_bytes, at;
 } bench;
-
-/* ---- ceilings ---- */
-
-static volatile float sink;
-
-typedef struct {
-    const char *data;
-    size_t bytes, repeat;
-} span;
-
-#if defined(__x86_64__)
-__attribute__((target("avx2"))) static void read_loop(void *arg, int thread, int n_threads)
-{
-    const span *s = arg;
-    size_t first, last;
-    thread_pool_share(s->bytes, 256, thread, n_threads, &first, &last);
-    __m256i a = _mm256_setzero_si256(), b = a, c = a, d = a;
-    for (size_t round = 0; round < s->repeat; round++)
-        for (const char *p = s->data + first; p + 128 <= s->data + last; p += 128) {
-            _mm_prefetch(p + 4096, _MM_HINT_T0);
-            _mm_prefetch(p + 4160, _MM_HINT_T0);
-            a = _mm256_xor_si256(a, _mm256_loadu_si256((const __m256i *)(const void *)p));
-            b = _mm256_xor_si256(b, _mm256_loadu_si256((const __m256i *)(const void *)(p + 32)));
-            c = _mm256_xor_si256(c, _mm256_loadu_si256((const __m256i *)(const void *)(p + 64)));
-            d = _mm256_xor_si256(d, _mm256_loadu_si256((const __m256i *)(const void *)(p + 96)));
-        }
-    a = _mm256_xor_si256(_mm256_xor_si256(a, b), _mm256_xor_si256(c, d));
-    sink = (float)_mm256_extract_epi32(a, 0);
-}
-
-#define FMA_TURNS 2000000
-#define FMA_LOOP(vector, set, fma, lanes)                                                                      \
-    vector v[12], factor = set(0.5f), more = set(1.0f);                                                        \
-    for (int i = 0; i < 12; i++)                                                                               \
-        v[i] = set((float)i);                                                                                  \
-    for (int turn = 0; turn < FMA_TURNS; turn++) {                                                             \
-        v[0] = fma(v[0], factor, more), v[1] = fma(v[1], factor, more), v[2] = fma(v[2], factor, more);        \
-        v[3] = fma(v[3], factor, more), v[4] = fma(v[4], factor, more), v[5] = fma(v[5], factor, more);        \
-        v[6] = fma(v[6], factor, more), v[7] = fma(v[7], factor, more), v[8] = fma(v[8], factor, more);        \
-        v[9] = fma(v[9], factor, more), v[10] = fma(v[10], factor, more), v[11] = fma(v[11], factor, more);    \
-    }                                                                                                          \
-    float out[12 * lanes];                                                                                     \
-    memcpy(out, v, sizeof out);                                                                                \
-    for (int i = 1; i < 12 * lanes; i++)                                                                       \
-        out[0] += out[i];                                                                                      \
-    sink = out[0]
-
-__attribute__((target("avx2,fma"))) static void fma_loop_8(void *arg, int thread, int n_threads)
-{
-    (void)arg, (void)thread, (void)n_threads;
-    FMA_LOOP(__m256, _mm256_set1_ps, _mm256_fmadd_ps, 8);
-}
-
-__attribute__((target("avx512f"))) static void fma_loop_16(void *arg, int thread, int n_threads)
-{
-    (void)arg, (void)thread, (void)n_threads;
-    FMA_LOOP(__m512, _mm512_set1_ps, _mm512_fmadd_ps, 16);
-}
-
-static double fma_flops(void)
-{
-    return 2.0 * 12 * FMA_TURNS * (bench.isa >= ISA_AVX512 ? 16 : 8) * bench.threads;
-}
-
-static thread_pool_fn fma_loop(void)
-{
-    return bench.isa >= ISA_AVX512 ? fma_loop_16 : fma_loop_8;
-}
-#else
-static void read_loop(void *arg, int thread, int n_threads)
-{
-    const span *s = arg;
-    size_t first, last;
-    thread_pool_share(s->bytes, 256, thread, n_threads, &first, &last);
-    float sum = 0, v;
-    for (size_t round = 0; round < s->repeat; round++)
-        for (size_t i = first; i + 4 <= last; i += 4) {
-            memcpy(&v, s->data + i, 4);
-            sum += v;
-        }
-    sink = sum;
-}
-
-#define FMA_TURNS 2000000
-static void fma_scalar(void *arg, int thread, int n_threads)
-{
-    (void)arg, (void)thread, (void)n_threads;
-    float v[8] = {0};
-    for (int turn = 0; turn < FMA_TURNS; turn++)
-        for (int i = 0; i < 8; i++)
-            v[i] = fmaf(v[i], 0.5f, 1.0f);
-    sink = v[0] + v[1] + v[2] + v[3] + v[4] + v[5] + v[6] + v[7];
-}
-
-static double fma_flops(void)
-{
-    return 2.0 * 8 * FMA_TURNS * bench.threads;
-}
-
-static thread_pool_fn fma_loop(void)
-{
-    return fma_scalar;
-}
-#endif
 
 /* ---- one figure ---- */
 
@@ -152,25 +48,9 @@ typedef struct {
 
 static double seconds(thread_pool_fn fn, void *arg)
 {
-    struct timespec a, b;
-    clock_gettime(CLOCK_MONOTONIC, &a);
+    double start = clock_seconds();
     thread_pool_run(bench.pool, fn, arg);
-    clock_gettime(CLOCK_MONOTONIC, &b);
-    return (double)(b.tv_sec - a.tv_sec) + 1e-9 * (double)(b.tv_nsec - a.tv_nsec);
-}
-
-static int by_value(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-static double median(const double *values, int n)
-{
-    double sorted[MOST_ROUNDS];
-    memcpy(sorted, values, (size_t)n * sizeof *sorted);
-    qsort(sorted, (size_t)n, sizeof *sorted, by_value);
-    return sorted[n / 2];
+    return clock_seconds() - start;
 }
 
 static void print_figure(const figure *f, double took, double read, double peak, double ratio, bool by_memory)
@@ -196,16 +76,15 @@ static void measure(figure *f)
     if (bench.only && !strstr(f->name, bench.only))
         return;
     double took[MOST_ROUNDS], read[MOST_ROUNDS], peak[MOST_ROUNDS], ratio[MOST_ROUNDS];
-    span s = {f->data, f->data_bytes, f->repeat};
     seconds(f->run, f->arg);
     for (int r = 0; r < bench.rounds; r++) {
-        read[r] = (double)(f->data_bytes * f->repeat) / seconds(read_loop, &s) * 1e-9;
-        peak[r] = fma_flops() / seconds(fma_loop(), NULL) * 1e-9;
+        read[r] = bench_read_rate(bench.pool, f->data, f->data_bytes, f->repeat) * 1e-9;
+        peak[r] = bench_fma_rate(bench.pool, bench.isa >= ISA_AVX512 ? 16 : 8) * 1e-9;
         took[r] = seconds(f->run, f->arg);
         ratio[r] = fmax(f->bytes / read[r], f->flops / peak[r]) * 1e-9 / took[r];
     }
-    double gb = median(read, bench.rounds), gflop = median(peak, bench.rounds);
-    print_figure(f, median(took, bench.rounds), gb, gflop, median(ratio, bench.rounds), f->bytes / gb > f->flops / gflop);
+    double gb = bench_median(read, bench.rounds), gflop = bench_median(peak, bench.rounds);
+    print_figure(f, bench_median(took, bench.rounds), gb, gflop, bench_median(ratio, bench.rounds), f->bytes / gb > f->flops / gflop);
 }
 
 /* ---- products ---- */

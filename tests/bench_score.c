@@ -96,8 +96,8 @@ static status lead_measure(runtime *r, group *g)
     if (group_size(g) == 1)
         memory = bench_big_memory(CEILING_BYTES);
     for (int64_t i = -1; i < options.rounds; i++) { /* round -1 warms up; its line is skipped by the reader */
-        double read_rate = memory ? bench_read_rate(pool, memory, CEILING_BYTES) : 0;
-        double fma_rate = memory ? bench_fma_rate(pool) : 0;
+        double read_rate = memory ? bench_read_rate(pool, memory, CEILING_BYTES, 1) : 0;
+        double fma_rate = memory ? bench_fma_rate(pool, 0) : 0;
         TRY(lead_round(r, (uint64_t)(i + 1), read_rate, fma_rate));
     }
     bench_free(memory, CEILING_BYTES);

@@ -31,7 +31,7 @@ double bench_median(const double *values, int n)
 
 typedef struct {
     const char *data;
-    size_t bytes;
+    size_t bytes, repeat;
 } read_span;
 
 enum { FMA_TURNS = 2000000, FMA_CHAINS = 12 };
@@ -43,14 +43,15 @@ __attribute__((target("avx2"))) static void read_loop(void *arg, int thread, int
     size_t first, last;
     thread_pool_share(s->bytes, 256, thread, n_threads, &first, &last);
     __m256i a = _mm256_setzero_si256(), b = a, c = a, d = a;
-    for (const char *p = s->data + first; p + 128 <= s->data + last; p += 128) {
-        _mm_prefetch(p + 4096, _MM_HINT_T0);
-        _mm_prefetch(p + 4160, _MM_HINT_T0);
-        a = _mm256_xor_si256(a, _mm256_loadu_si256((const __m256i *)(const void *)p));
-        b = _mm256_xor_si256(b, _mm256_loadu_si256((const __m256i *)(const void *)(p + 32)));
-        c = _mm256_xor_si256(c, _mm256_loadu_si256((const __m256i *)(const void *)(p + 64)));
-        d = _mm256_xor_si256(d, _mm256_loadu_si256((const __m256i *)(const void *)(p + 96)));
-    }
+    for (size_t round = 0; round < s->repeat; round++)
+        for (const char *p = s->data + first; p + 128 <= s->data + last; p += 128) {
+            _mm_prefetch(p + 4096, _MM_HINT_T0);
+            _mm_prefetch(p + 4160, _MM_HINT_T0);
+            a = _mm256_xor_si256(a, _mm256_loadu_si256((const __m256i *)(const void *)p));
+            b = _mm256_xor_si256(b, _mm256_loadu_si256((const __m256i *)(const void *)(p + 32)));
+            c = _mm256_xor_si256(c, _mm256_loadu_si256((const __m256i *)(const void *)(p + 64)));
+            d = _mm256_xor_si256(d, _mm256_loadu_si256((const __m256i *)(const void *)(p + 96)));
+        }
     a = _mm256_xor_si256(_mm256_xor_si256(a, b), _mm256_xor_si256(c, d));
     sink = (float)_mm256_extract_epi32(a, 0);
 }
@@ -81,14 +82,14 @@ __attribute__((target("avx512f"))) static void fma_avx512(void *arg, int thread,
     FMA_LOOP(__m512, _mm512_set1_ps, _mm512_fmadd_ps);
 }
 
-static int fma_lanes(void)
+static int fma_lanes(int most)
 {
-    return __builtin_cpu_supports("avx512f") ? 16 : 8;
+    return __builtin_cpu_supports("avx512f") && (most == 0 || most >= 16) ? 16 : 8;
 }
 
-static thread_pool_fn fma_loop(void)
+static thread_pool_fn fma_loop(int lanes)
 {
-    return fma_lanes() == 16 ? fma_avx512 : fma_avx2;
+    return lanes == 16 ? fma_avx512 : fma_avx2;
 }
 #else
 static void read_loop(void *arg, int thread, int n_threads)
@@ -97,16 +98,18 @@ static void read_loop(void *arg, int thread, int n_threads)
     size_t first, last;
     thread_pool_share(s->bytes, 256, thread, n_threads, &first, &last);
     unsigned long long sum = 0;
-    for (size_t i = first; i + 8 <= last; i += 8) {
-        unsigned long long x;
-        memcpy(&x, s->data + i, sizeof x);
-        sum ^= x;
-    }
+    for (size_t round = 0; round < s->repeat; round++)
+        for (size_t i = first; i + 8 <= last; i += 8) {
+            unsigned long long x;
+            memcpy(&x, s->data + i, sizeof x);
+            sum ^= x;
+        }
     sink = (float)sum;
 }
 
-static int fma_lanes(void)
+static int fma_lanes(int most)
 {
+    (void)most;
     return 1;
 }
 
@@ -122,25 +125,27 @@ static void fma_scalar(void *arg, int thread, int n_threads)
     sink = sum;
 }
 
-static thread_pool_fn fma_loop(void)
+static thread_pool_fn fma_loop(int lanes)
 {
+    (void)lanes;
     return fma_scalar;
 }
 #endif
 
-double bench_read_rate(thread_pool *pool, const void *data, size_t bytes)
+double bench_read_rate(thread_pool *pool, const void *data, size_t bytes, size_t repeat)
 {
-    read_span span = {.data = data, .bytes = bytes};
+    read_span span = {.data = data, .bytes = bytes, .repeat = repeat};
     double start = clock_seconds();
     thread_pool_run(pool, read_loop, &span);
-    return (double)bytes / (clock_seconds() - start);
+    return (double)bytes * (double)repeat / (clock_seconds() - start);
 }
 
-double bench_fma_rate(thread_pool *pool)
+double bench_fma_rate(thread_pool *pool, int most_lanes)
 {
+    int lanes = fma_lanes(most_lanes);
     double start = clock_seconds();
-    thread_pool_run(pool, fma_loop(), NULL);
-    return 2.0 * fma_lanes() * FMA_CHAINS * FMA_TURNS * thread_pool_size(pool) / (clock_seconds() - start);
+    thread_pool_run(pool, fma_loop(lanes), NULL);
+    return 2.0 * lanes * FMA_CHAINS * FMA_TURNS * thread_pool_size(pool) / (clock_seconds() - start);
 }
 
 void *bench_big_memory(size_t bytes)

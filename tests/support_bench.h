@@ -8,10 +8,11 @@
 
 double bench_median(const double *values, int n); /* n up to 256 */
 
-/* Bytes per second of a plain read loop over `bytes` of memory at `data` on all threads of the pool. */
-double bench_read_rate(thread_pool *pool, const void *data, size_t bytes);
-/* Single-precision operations per second of fused multiply-adds on registers, on all threads. */
-double bench_fma_rate(thread_pool *pool);
+/* Bytes per second of a plain read loop, `repeat` times over `bytes` at `data`, on all threads of the pool. */
+double bench_read_rate(thread_pool *pool, const void *data, size_t bytes, size_t repeat);
+/* Single-precision operations per second of fused multiply-adds on registers, on all threads; in registers of at most `lanes`
+ * floats (0: the widest this CPU has). */
+double bench_fma_rate(thread_pool *pool, int lanes);
 /* Memory that no cache holds, touched; NULL when there is none. Free with bench_free(). */
 void *bench_big_memory(size_t bytes);
 void bench_free(void *memory, size_t bytes);
