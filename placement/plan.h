@@ -1,7 +1,7 @@
 /* plan.h - which ranks hold which expert, layer by layer: replicas from the first day.
  *
- * Numbers only: no network, no device. A plan is made for one model shape (experts, MoE layers) and one number of ranks. The first
- * rank of an expert is its home, further ones are replicas. The JSON form is described in placement/README.md. */
+ * Numbers only: no network, no device. A plan is made for one model shape (experts, MoE layers) and one number of ranks. The
+ * first rank of an expert is its home, further ones are replicas. The JSON form is described in placement/README.md. */
 #ifndef CONVOKE_PLACEMENT_PLAN_H
 #define CONVOKE_PLACEMENT_PLAN_H
 
@@ -11,7 +11,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define PLAN_MAX_RANKS 65535   /* both travel as 16 bits, the largest number meaning none */
+#define PLAN_MAX_RANKS   65535 /* both travel as 16 bits, the largest number meaning none */
 #define PLAN_MAX_EXPERTS 65535
 
 typedef struct {
@@ -19,9 +19,9 @@ typedef struct {
     int *layer_numbers;               /* [n_layers] the model's own layer numbers, rising */
     int *node_of_rank;                /* [n_ranks] */
     int *first_copy;                  /* [n_layers * n_experts + 1] */
-    int *copy_ranks;                  /* ranks of (layer index l, expert e): copy_ranks[first_copy[l*n_experts+e] .. first_copy[.. + 1]) */
-    char name[64];                    /* "contiguous", or the file's "name"/file name */
-    long long epoch;                  /* 0 unless the file says otherwise */
+    int *copy_ranks; /* ranks of (layer index l, expert e): copy_ranks[first_copy[l*n_experts+e] .. first_copy[.. + 1]) */
+    char name[64];   /* "contiguous", or the file's "name"/file name */
+    long long epoch; /* 0 unless the file says otherwise */
 } plan;
 
 /* What a plan must fit. layer_numbers may be NULL: any. plan_read() and plan_parse() take a NULL shape: any plan is fine. */
@@ -59,7 +59,8 @@ typedef enum {
     REPLICA_ROUND_ROBIN, /* over all copies */
 } replica_choice;
 
-/* The rank that computes (layer, expert) for a row owned by `owner`; `turn` advances the round (the row's running number). Pure. */
+/* The rank that computes (layer, expert) for a row owned by `owner`; `turn` advances the round (the row's running number). Pure.
+ */
 int plan_choose(const plan *p, replica_choice choice, int layer, int expert, int owner, uint32_t turn);
 
 #endif

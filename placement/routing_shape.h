@@ -1,4 +1,5 @@
-/* routing_shape.h - what a routing trace or statistics file is about: model, experts, layers, domains. Data, and its metadata in files.
+/* routing_shape.h - what a routing trace or statistics file is about: model, experts, layers, domains. Data, and its metadata in
+ * files.
  *
  * A domain is a name that the operator gives to a kind of traffic ("math"); numbers in files index the list of names. */
 #ifndef CONVOKE_PLACEMENT_ROUTING_SHAPE_H
@@ -11,11 +12,11 @@ enum { PHASE_PREFILL = 0, PHASE_DECODE = 1, N_PHASES = 2 };
 #define ROUTING_NO_EXPERT 0xffffu /* a choice that a policy dropped or trimmed */
 
 typedef struct {
-    const char *model; /* "" when unknown */
-    int n_experts;     /* 1 to 65535 */
-    int top_k;         /* choices per token and layer */
-    int n_layers;      /* layers with experts */
-    int n_domains;     /* 1 to 4096 */
+    const char *model;          /* "" when unknown */
+    int n_experts;              /* 1 to 65535 */
+    int top_k;                  /* choices per token and layer */
+    int n_layers;               /* layers with experts */
+    int n_domains;              /* 1 to 4096 */
     const int *layer_numbers;   /* [n_layers] the model's own, rising */
     const char *const *domains; /* [n_domains] all different */
 } routing_shape;

@@ -25,16 +25,16 @@ typedef struct routing_stats routing_stats;
 status routing_stats_create(const routing_shape *shape, bool pairs, routing_stats **out);
 void routing_stats_destroy(routing_stats *stats); /* NULL is fine */
 
-/* One token's choices, experts [n_layers][top_k] (ROUTING_NO_EXPERT: dropped). Refuses an expert, domain or phase out of range and
- * a first token of a slot that finds no memory; then nothing has changed. Costs 2 k^2 increments per layer. */
+/* One token's choices, experts [n_layers][top_k] (ROUTING_NO_EXPERT: dropped). Refuses an expert, domain or phase out of range
+ * and a first token of a slot that finds no memory; then nothing has changed. Costs 2 k^2 increments per layer. */
 status routing_stats_add_row(routing_stats *stats, const uint16_t *experts, int domain, int phase);
 /* Every token of a trace of the same model; domains go together by name, new ones are appended. */
 status routing_stats_add_trace(routing_stats *stats, const routing_trace *trace);
 /* Adds all counts of `from`, which is of the same model, and, if `into` has pairs, has them too; domains as above. */
 status routing_stats_merge(routing_stats *into, const routing_stats *from);
 
-/* For ranks of one job, which count by the same shape: all counts that are not zero, appended to `out`, in two or three bytes each
- * as a rule; and their addition on the other side, which refuses bytes of another shape or cut short. */
+/* For ranks of one job, which count by the same shape: all counts that are not zero, appended to `out`, in two or three bytes
+ * each as a rule; and their addition on the other side, which refuses bytes of another shape or cut short. */
 status routing_stats_pack(const routing_stats *stats, bytes_writer *out);
 status routing_stats_add_packed(routing_stats *into, const void *bytes, size_t size);
 

@@ -1,10 +1,12 @@
-/* routing_trace.h - every token's experts and weights, layer by layer, as a safetensors file: written row by row, read back mapped.
+/* routing_trace.h - every token's experts and weights, layer by layer, as a safetensors file: written row by row, read back
+ * mapped.
  *
  *   experts   u8 (up to 255 experts) or u16 [tokens][layers][k]  by descending weight; 255 or 65535: dropped, weight 0
  *   weights   f32 (the reader also takes f16) [tokens][layers][k]
  *   sequence, position  i32 [tokens];   phase  u8 [tokens];   domain  u16 [tokens]
  *
- * Further tensors of imports and predictors (score_experts, scores, logits, predicted) stand beside them and are found by name. */
+ * Further tensors of imports and predictors (score_experts, scores, logits, predicted) stand beside them and are found by name.
+ */
 #ifndef CONVOKE_PLACEMENT_ROUTING_TRACE_H
 #define CONVOKE_PLACEMENT_ROUTING_TRACE_H
 

@@ -1,7 +1,7 @@
 /* bytes.h - a growing buffer of bytes to write records into, and a bounds-checked reader over one.
  *
- * For messages between ranks of one job (same build, same machine type): numbers are copied as they lie in memory. The writer never
- * shrinks, so a buffer that is reset and refilled every step stops allocating after its largest use. */
+ * For messages between ranks of one job (same build, same machine type): numbers are copied as they lie in memory. The writer
+ * never shrinks, so a buffer that is reset and refilled every step stops allocating after its largest use. */
 #ifndef CONVOKE_PROTO_BYTES_H
 #define CONVOKE_PROTO_BYTES_H
 

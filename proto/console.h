@@ -1,7 +1,7 @@
 /* console.h - progress for a person at a terminal, and numbers in a form people read.
  *
- * On a terminal one line is redrawn in place at most ten times a second and erased at the end; in a pipe or file nothing is written.
- * One caller at a time. */
+ * On a terminal one line is redrawn in place at most ten times a second and erased at the end; in a pipe or file nothing is
+ * written. One caller at a time. */
 #ifndef CONVOKE_PROTO_CONSOLE_H
 #define CONVOKE_PROTO_CONSOLE_H
 
@@ -27,9 +27,9 @@ typedef struct {
     char text[32];
 } human;
 
-human human_bytes(double bytes);                             /* "1.87 GiB" (powers of 1024), "512 B" */
-human human_bandwidth(double bytes_per_second);              /* "19.8 GB/s" (powers of 1000)         */
-human human_rate(double per_second, const char *unit);       /* "1234 tok/s", "12.3 tok/s"           */
-human human_seconds(double seconds);                         /* "41 ms", "2.5 s", "3 min 20 s"       */
+human human_bytes(double bytes);                       /* "1.87 GiB" (powers of 1024), "512 B" */
+human human_bandwidth(double bytes_per_second);        /* "19.8 GB/s" (powers of 1000)         */
+human human_rate(double per_second, const char *unit); /* "1234 tok/s", "12.3 tok/s"           */
+human human_seconds(double seconds);                   /* "41 ms", "2.5 s", "3 min 20 s"       */
 
 #endif

@@ -66,7 +66,8 @@ static status parse_size(const option_entry *e, origin from, const char *text)
     if (!has_digits || *end || errno || !fits)
         return bad(from, text, "a size in bytes (a whole number, with K, M, G or T behind it if you like)");
     if (!in_range(e, (double)bytes))
-        return status_fail(STATUS_USAGE, "%s%s: '%s' is outside %.0f to %.0f bytes", from.dashes, from.name, text, e->min, e->max);
+        return status_fail(STATUS_USAGE, "%s%s: '%s' is outside %.0f to %.0f bytes", from.dashes, from.name, text, e->min,
+                           e->max);
     *(int64_t *)e->value = bytes;
     return STATUS_OK;
 }

@@ -1,13 +1,16 @@
 /* options.h - one table is the configuration of a program: parsing, the environment, --help and defaults come from it.
  *
  *   static const option_entry table[] = {
- *       {"model", OPTION_STRING, &o.model, .argument = "DIR", .environment = "CONVOKE_MODEL", .required = true, .help = "checkpoint folder"},
+ *       {"model", OPTION_STRING, &o.model, .argument = "DIR", .environment = "CONVOKE_MODEL", .required = true, .help =
+ * "checkpoint folder"},
  *       {"batch", OPTION_INT, &o.batch, .argument = "B", .fallback = "32", .min = 1, .max = 4096, .help = "sequences at once"},
- *       {"combine", OPTION_CHOICE, &o.combine, .choices = "exact|fixed|fast", .fallback = "fixed", .help = "how results are added"},
+ *       {"combine", OPTION_CHOICE, &o.combine, .choices = "exact|fixed|fast", .fallback = "fixed", .help = "how results are
+ * added"},
  *   };
  *
- * --name VALUE, --name=VALUE, -n VALUE; a flag is --name or --no-name; `--` ends the options. A flag on the command line beats the environment,
- * which beats the default. An empty environment variable counts as unset. --help (-h) and --version are always there. */
+ * --name VALUE, --name=VALUE, -n VALUE; a flag is --name or --no-name; `--` ends the options. A flag on the command line beats
+ * the environment, which beats the default. An empty environment variable counts as unset. --help (-h) and --version are always
+ * there. */
 #ifndef CONVOKE_PROTO_OPTIONS_H
 #define CONVOKE_PROTO_OPTIONS_H
 
@@ -54,8 +57,10 @@ typedef struct {
 typedef enum { OPTIONS_RUN, OPTIONS_HELP, OPTIONS_VERSION } options_wish;
 
 /* Fills every entry's value. *wish says whether to run or to print help or the version (then nothing else was checked).
- * operands [max_operands] (NULL when the table allows none) point into argv. A mistake is STATUS_USAGE, one sentence naming the option and what is allowed. */
-status options_parse(const option_table *table, int argc, char **argv, options_wish *wish, const char **operands, int *n_operands);
+ * operands [max_operands] (NULL when the table allows none) point into argv. A mistake is STATUS_USAGE, one sentence naming the
+ * option and what is allowed. */
+status options_parse(const option_table *table, int argc, char **argv, options_wish *wish, const char **operands,
+                     int *n_operands);
 
 /* What --help and --version print. */
 void options_print(const option_table *table, options_wish wish, FILE *file);

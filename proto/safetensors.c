@@ -26,11 +26,11 @@ struct safetensors {
     const unsigned char *bytes; /* the whole file; borrowed when opened from memory */
     size_t size;
     bool mapped;
-    cJSON *header;          /* owns the names */
-    const cJSON *metadata;  /* inside header; NULL: none */
-    tensor_view *tensors;   /* by offset */
+    cJSON *header;         /* owns the names */
+    const cJSON *metadata; /* inside header; NULL: none */
+    tensor_view *tensors;  /* by offset */
     int count;
-    int *slots;             /* open addressing by name: index + 1, 0 is empty */
+    int *slots; /* open addressing by name: index + 1, 0 is empty */
     size_t slot_mask;
 };
 
@@ -38,11 +38,10 @@ static const struct {
     const char *name;
     size_t size;
 } dtypes[] = {
-    [DTYPE_BOOL] = {"BOOL", 1}, [DTYPE_U8] = {"U8", 1},           [DTYPE_I8] = {"I8", 1},
-    [DTYPE_F8_E4M3] = {"F8_E4M3", 1}, [DTYPE_F8_E5M2] = {"F8_E5M2", 1}, [DTYPE_I16] = {"I16", 2},
-    [DTYPE_U16] = {"U16", 2},   [DTYPE_F16] = {"F16", 2},         [DTYPE_BF16] = {"BF16", 2},
-    [DTYPE_I32] = {"I32", 4},   [DTYPE_U32] = {"U32", 4},         [DTYPE_F32] = {"F32", 4},
-    [DTYPE_I64] = {"I64", 8},   [DTYPE_U64] = {"U64", 8},         [DTYPE_F64] = {"F64", 8},
+    [DTYPE_BOOL] = {"BOOL", 1},       [DTYPE_U8] = {"U8", 1},   [DTYPE_I8] = {"I8", 1},   [DTYPE_F8_E4M3] = {"F8_E4M3", 1},
+    [DTYPE_F8_E5M2] = {"F8_E5M2", 1}, [DTYPE_I16] = {"I16", 2}, [DTYPE_U16] = {"U16", 2}, [DTYPE_F16] = {"F16", 2},
+    [DTYPE_BF16] = {"BF16", 2},       [DTYPE_I32] = {"I32", 4}, [DTYPE_U32] = {"U32", 4}, [DTYPE_F32] = {"F32", 4},
+    [DTYPE_I64] = {"I64", 8},         [DTYPE_U64] = {"U64", 8}, [DTYPE_F64] = {"F64", 8},
 };
 
 const char *tensor_dtype_name(tensor_dtype dtype)

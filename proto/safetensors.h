@@ -2,8 +2,8 @@
  *
  * Format: https://huggingface.co/docs/safetensors. The reader maps the file read-only and checks the whole header before
  * anyone sees a tensor: header length sane, JSON an object, dtypes known, shapes non-negative and not overflowing, offsets
- * inside the file, in order, not overlapping, bytes equal to shape times dtype size, names unique. Sentences name file and tensor.
- * The tensor bytes themselves are not touched. */
+ * inside the file, in order, not overlapping, bytes equal to shape times dtype size, names unique. Sentences name file and
+ * tensor. The tensor bytes themselves are not touched. */
 #ifndef CONVOKE_PROTO_SAFETENSORS_H
 #define CONVOKE_PROTO_SAFETENSORS_H
 
@@ -13,8 +13,21 @@
 #include <stdint.h>
 
 typedef enum {
-    DTYPE_BOOL, DTYPE_U8, DTYPE_I8, DTYPE_F8_E4M3, DTYPE_F8_E5M2, DTYPE_I16, DTYPE_U16, DTYPE_F16, DTYPE_BF16,
-    DTYPE_I32, DTYPE_U32, DTYPE_F32, DTYPE_I64, DTYPE_U64, DTYPE_F64,
+    DTYPE_BOOL,
+    DTYPE_U8,
+    DTYPE_I8,
+    DTYPE_F8_E4M3,
+    DTYPE_F8_E5M2,
+    DTYPE_I16,
+    DTYPE_U16,
+    DTYPE_F16,
+    DTYPE_BF16,
+    DTYPE_I32,
+    DTYPE_U32,
+    DTYPE_F32,
+    DTYPE_I64,
+    DTYPE_U64,
+    DTYPE_F64,
 } tensor_dtype;
 
 #define TENSOR_MAX_DIMS 8
@@ -39,9 +52,9 @@ status safetensors_open_memory(const char *name, const void *bytes, size_t size,
 void safetensors_close(safetensors *file); /* NULL is fine; unmaps */
 
 int safetensors_count(const safetensors *file);
-const tensor_view *safetensors_at(const safetensors *file, int index);           /* in file order */
-const tensor_view *safetensors_find(const safetensors *file, const char *name);  /* NULL when absent; by hash */
-const char *safetensors_metadata(const safetensors *file, const char *key);      /* NULL when absent */
+const tensor_view *safetensors_at(const safetensors *file, int index);          /* in file order */
+const tensor_view *safetensors_find(const safetensors *file, const char *name); /* NULL when absent; by hash */
+const char *safetensors_metadata(const safetensors *file, const char *key);     /* NULL when absent */
 const char *safetensors_path(const safetensors *file);
 /* Where the tensor bytes are mapped, for residency counts and madvise. */
 const void *safetensors_mapping(const safetensors *file, size_t *size);

@@ -283,8 +283,8 @@ status safetensors_writer_put(safetensors_writer *writer, int index, size_t offs
         return status_fail(STATUS_BAD_INPUT, "%.300s: bytes for a tensor that the header does not list", writer->path);
     const declared *tensor = &writer->tensors[index];
     if (offset > tensor->n_bytes || n_bytes > tensor->n_bytes - offset)
-        return status_fail(STATUS_BAD_INPUT, "%.300s: tensor %.300s: bytes %zu to %zu of %zu", writer->path, tensor->name,
-                           offset, offset + n_bytes, tensor->n_bytes);
+        return status_fail(STATUS_BAD_INPUT, "%.300s: tensor %.300s: bytes %zu to %zu of %zu", writer->path, tensor->name, offset,
+                           offset + n_bytes, tensor->n_bytes);
     return write_at(writer, bytes, n_bytes, writer->data_start + tensor->offset + offset);
 }
 

@@ -30,19 +30,19 @@ const char *status_message(void);
 int status_exit_code(status code);
 
 /* Leaves the enclosing function with the status of a call that failed. */
-#define TRY(call)                              \
-    do {                                       \
-        status try_status_ = (call);           \
-        if (try_status_ != STATUS_OK)          \
-            return try_status_;                \
+#define TRY(call)                                                                                                                \
+    do {                                                                                                                         \
+        status try_status_ = (call);                                                                                             \
+        if (try_status_ != STATUS_OK)                                                                                            \
+            return try_status_;                                                                                                  \
     } while (0)
 
 /* The same, for functions that clean up behind one label; needs `status st` in scope. */
-#define TRY_GOTO(call, label)       \
-    do {                            \
-        st = (call);                \
-        if (st != STATUS_OK)        \
-            goto label;             \
+#define TRY_GOTO(call, label)                                                                                                    \
+    do {                                                                                                                         \
+        st = (call);                                                                                                             \
+        if (st != STATUS_OK)                                                                                                     \
+            goto label;                                                                                                          \
     } while (0)
 
 #endif

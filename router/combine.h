@@ -50,15 +50,17 @@ typedef struct {
 void spill_list_clear(spill_list *list); /* frees */
 
 /* Adds contribution weight * y over columns [first, last) into a partial row (pointers are to column 0 of row and y).
- * exact: acc = weight * y (stores). fast: acc += weight * y, fp32, product rounded first. fixed: acc int32 += rint(weight * y * 2^s). */
+ * exact: acc = weight * y (stores). fast: acc += weight * y, fp32, product rounded first. fixed: acc int32 += rint(weight * y *
+ * 2^s). */
 void combine_store_exact(const float *y, float weight, int first, int last, float *acc);
 void combine_add_fast(const float *y, float weight, int first, int last, float *acc);
-status combine_add_fixed(const float *y, float weight, int exponent, int top_k, uint32_t row, uint16_t expert, int first, int last,
-                         int32_t *acc, spill_list *spills);
+status combine_add_fixed(const float *y, float weight, int exponent, int top_k, uint32_t row, uint16_t expert, int first,
+                         int last, int32_t *acc, spill_list *spills);
 
 /* At home, over columns [0, n): the sum of parts. */
 void combine_sum_fixed(const int32_t *const *parts, int n_parts, int exponent, int n, float *out);
-void combine_sum_floats(const float *const *parts, int n_parts, int n, float *out); /* +0, then in the order given: exact and fast */
+void combine_sum_floats(const float *const *parts, int n_parts, int n,
+                        float *out); /* +0, then in the order given: exact and fast */
 /* Adds one row's spills, which must be sorted by (expert, column); at most one per pair. */
 void combine_add_spills(const combine_spill *spills, size_t n, float *out);
 void combine_sort_spills(combine_spill *spills, size_t n); /* by row, expert, column; in place, no allocation */

@@ -41,8 +41,10 @@ static status allocate_zeroed(exchange *x, size_t bytes, void *out_pointer)
 static status check_shape(const exchange_shape *s, int size)
 {
     if (s->hidden < 1 || s->max_rows < 1 || s->n_threads < 1 || s->top_k < 1 || s->top_k > COMBINE_MAX_K)
-        return status_fail(STATUS_UNSUPPORTED, "exchange: hidden %d, %d rows, %d threads, top-%d: each must be at least 1, top-k at "
-                           "most %d", s->hidden, s->max_rows, s->n_threads, s->top_k, COMBINE_MAX_K);
+        return status_fail(STATUS_UNSUPPORTED,
+                           "exchange: hidden %d, %d rows, %d threads, top-%d: each must be at least 1, top-k at "
+                           "most %d",
+                           s->hidden, s->max_rows, s->n_threads, s->top_k, COMBINE_MAX_K);
     if (size > UINT16_MAX)
         return status_fail(STATUS_UNSUPPORTED, "exchange: %d ranks are more than a route can name (%d)", size, UINT16_MAX);
     return STATUS_OK;

@@ -33,8 +33,8 @@ typedef struct {
 /* Rows that one source wants computed here. */
 typedef struct {
     packet packet;
-    const void *rows;     /* row r of the source: rows + r * row_bytes; fp32 or bf16 as the shape says */
-    size_t row_bytes;     /* distance between rows */
+    const void *rows; /* row r of the source: rows + r * row_bytes; fp32 or bf16 as the shape says */
+    size_t row_bytes; /* distance between rows */
     /* Where the results go: exact: float [n_entries][hidden] in entry order, all of it must be stored;
      * fixed: int32 [n_rows][hidden]; fast: float [n_rows][hidden], in packet row order; zeroed by the one who computes. */
     void *results;
@@ -42,27 +42,31 @@ typedef struct {
 
 typedef struct {
     const unsigned long long *rows_to_rank; /* [group size] rows asked of each rank since start, own rank included */
-    unsigned long long bytes_same_rank, bytes_same_node, bytes_cross_node; /* row bytes out, dispatch; between nodes once per node */
+    unsigned long long bytes_same_rank, bytes_same_node,
+        bytes_cross_node; /* row bytes out, dispatch; between nodes once per node */
     /* Result bytes sent home, combine, counted by the sender (between nodes by the one rank that sums); without spills. */
     unsigned long long return_bytes_same_node, return_bytes_cross_node;
-    unsigned long long header_bytes;      /* packets and counts */
+    unsigned long long header_bytes;                        /* packets and counts */
     unsigned long long spills, spilled_rows, combined_rows; /* fixed: elements out of range, rows having any, rows in all */
-    double wait_seconds;                  /* in exchange_wait and _wait_results */
+    double wait_seconds;                                    /* in exchange_wait and _wait_results */
 } exchange_stats;
 
 typedef struct exchange exchange;
 
-/* [all] Picks exchange_self for one rank, exchange_mpi otherwise; sizes all buffers. Fails with a sentence when /dev/shm is too small. */
+/* [all] Picks exchange_self for one rank, exchange_mpi otherwise; sizes all buffers. Fails with a sentence when /dev/shm is too
+ * small. */
 status exchange_create(group *g, const exchange_shape *shape, exchange **out);
-void exchange_destroy(exchange *x); /* [all] NULL is fine. After a lost peer: group_abort() instead */
-const char *exchange_name(const exchange *x); /* "self", "mpi" */
+void exchange_destroy(exchange *x);              /* [all] NULL is fine. After a lost peer: group_abort() instead */
+const char *exchange_name(const exchange *x);    /* "self", "mpi" */
 size_t exchange_buffer_bytes(const exchange *x); /* memory this rank set aside */
 
-/* Where the owner writes its rows for the next send: fp32 [max_rows] rows, *row_stride floats apart. May be written by any thread, from
- * exchange_wait_results() (others read the last send's rows until then) to exchange_send(). The pointer never changes. */
+/* Where the owner writes its rows for the next send: fp32 [max_rows] rows, *row_stride floats apart. May be written by any
+ * thread, from exchange_wait_results() (others read the last send's rows until then) to exchange_send(). The pointer never
+ * changes. */
 float *exchange_rows(exchange *x, size_t *row_stride);
 
-/* [all] Starts a layer: this rank's n_rows rows with routes [n_rows][top_k] and exponents [n_rows] (fixed; else NULL). Returns at once. */
+/* [all] Starts a layer: this rank's n_rows rows with routes [n_rows][top_k] and exponents [n_rows] (fixed; else NULL). Returns at
+ * once. */
 status exchange_send(exchange *x, int n_rows, const route *routes, const int16_t *exponents);
 /* [all] Everything for this rank has arrived. Own rows (source == own rank) may be read right after exchange_send(). */
 status exchange_wait(exchange *x);
@@ -74,8 +78,8 @@ spill_list *exchange_spills(exchange *x, int thread, int source);
 status exchange_return(exchange *x);
 /* [all] All results for own rows are home. */
 status exchange_wait_results(exchange *x);
-/* After exchange_wait_results(), before the next exchange_send(). Rows [first, last) of the last send, combined into out (row r at out + r * out_stride, overwritten; a row without routes becomes
- * zeros). Any thread, disjoint rows. */
+/* After exchange_wait_results(), before the next exchange_send(). Rows [first, last) of the last send, combined into out (row r
+ * at out + r * out_stride, overwritten; a row without routes becomes zeros). Any thread, disjoint rows. */
 void exchange_combine(exchange *x, int first, int last, float *out, size_t out_stride);
 
 const exchange_stats *exchange_get_stats(const exchange *x);

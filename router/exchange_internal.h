@@ -13,7 +13,7 @@ typedef struct {
     status (*begin)(exchange *x); /* before packets are built: packet_rows and packet_entries may be moved here */
     status (*send)(exchange *x);
     status (*wait)(exchange *x);
-    status (*give_back)(exchange *x); /* exchange_return */
+    status (*give_back)(exchange *x);    /* exchange_return */
     status (*wait_results)(exchange *x); /* exchange_home_add for every part of own rows in order, and others' spills */
 } exchange_way;
 
@@ -25,32 +25,32 @@ struct exchange {
     group *g;   /* borrowed */
     exchange_shape shape;
     int rank, size;
-    uint32_t layer;         /* exchanges since start; the number in sentences */
-    size_t row_stride;      /* elements between two rows */
-    size_t row_bytes;       /* of one row's payload on the way: hidden * 4 or * 2 */
-    size_t result_bytes;    /* of one result row: hidden * 4 */
-    size_t max_results;     /* result rows that max_rows rows can bring: exact one per route, else one per row and rank */
+    uint32_t layer;      /* exchanges since start; the number in sentences */
+    size_t row_stride;   /* elements between two rows */
+    size_t row_bytes;    /* of one row's payload on the way: hidden * 4 or * 2 */
+    size_t result_bytes; /* of one result row: hidden * 4 */
+    size_t max_results;  /* result rows that max_rows rows can bring: exact one per route, else one per row and rank */
 
-    float *rows;            /* [max_rows][row_stride] */
-    uint16_t *rows_bf16;    /* the same, rounded; NULL: fp32 */
+    float *rows;         /* [max_rows][row_stride] */
+    uint16_t *rows_bf16; /* the same, rounded; NULL: fp32 */
     int n_rows;
-    int16_t *exponents;     /* [max_rows] */
-    packet *packets;        /* [size] of the last send */
+    int16_t *exponents; /* [max_rows] */
+    packet *packets;    /* [size] of the last send */
     packet_row *packet_rows;
     packet_entry *packet_entries;
-    uint32_t *scratch;      /* [size] */
+    uint32_t *scratch; /* [size] */
 
     exchange_incoming *from; /* [size] */
     void *own_results;       /* private: what this rank computes for itself never passes the window */
     spill_list *spills;      /* [n_threads][size] */
 
     /* Where the parts of own rows lie, filled by wait_results. */
-    const void **parts;      /* [max_rows][top_k] in the order they are added */
-    uint16_t *part_experts;  /* [max_rows][top_k] exact */
-    int *n_parts;            /* [max_rows] */
-    combine_spill *home;     /* sorted by row, expert, column */
+    const void **parts;     /* [max_rows][top_k] in the order they are added */
+    uint16_t *part_experts; /* [max_rows][top_k] exact */
+    int *n_parts;           /* [max_rows] */
+    combine_spill *home;    /* sorted by row, expert, column */
     size_t n_home, home_capacity;
-    uint32_t *home_first;    /* [max_rows + 1] */
+    uint32_t *home_first; /* [max_rows + 1] */
 
     exchange_stats stats;
     unsigned long long *rows_to_rank;

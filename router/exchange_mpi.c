@@ -6,8 +6,8 @@
  *                                      waits for all of B's `returned` ◄───  results in their own windows
  *   parts of s's rows       ◄─MPI─     sums them (exact: collects), one message back
  *
- * The gateway for s is the rank of B with s's place in its own node, modulo B's size: gateways share the work evenly. A message is
- * sent to every node in every layer, if only to say that it is empty; results come back only for messages that had rows.
+ * The gateway for s is the rank of B with s's place in its own node, modulo B's size: gateways share the work evenly. A message
+ * is sent to every node in every layer, if only to say that it is empty; results come back only for messages that had rows.
  *
  * No rank leaves a layer's wait or wait_results before its own messages have left it, and while anything may be under way
  * between nodes it looks into MPI: so a rank that computes or sleeps never owes its peers a message. A layer's waits depend
@@ -19,9 +19,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define ROWS_TAG 2
-#define RESULTS_TAG 3
-#define SPILLS_TAG 4
+#define ROWS_TAG         2
+#define RESULTS_TAG      3
+#define SPILLS_TAG       4
 #define LONGEST_SLEEP_US 200u
 
 /* Heads a message of rows; then packet_place[ranks of the receiving node], their packet_row records, their packet_entry records,
@@ -41,10 +41,10 @@ typedef struct {
 
 /* A node other than this rank's. */
 typedef struct {
-    int node, gateway;      /* gateway: its rank that takes this rank's messages */
-    char *rows, *results;   /* messages out and home */
+    int node, gateway;    /* gateway: its rank that takes this rank's messages */
+    char *rows, *results; /* messages out and home */
     size_t results_bytes;
-    packet_row *own_row;    /* [max_rows] .row: own row of each packed one */
+    packet_row *own_row; /* [max_rows] .row: own row of each packed one */
     combine_spill *spills;
     size_t n_spills, spills_capacity;
 } far_node;
@@ -67,14 +67,14 @@ typedef struct {
     far_node *nodes;     /* [n_nodes] those of other nodes */
     far_source *sources; /* [n_sources] */
     int n_nodes, n_sources;
-    size_t slot_bytes;   /* of one message in the relay section */
-    int *gateway_local;  /* [size] for a rank of another node: which rank of this node takes its messages, */
-    int *gateway_slot;   /* [size] and into which slot */
-    uint32_t *packed;    /* [max_rows] scratch: 1 + packed place of an own row, 0: not in this message */
+    size_t slot_bytes;    /* of one message in the relay section */
+    int *gateway_local;   /* [size] for a rank of another node: which rank of this node takes its messages, */
+    int *gateway_slot;    /* [size] and into which slot */
+    uint32_t *packed;     /* [max_rows] scratch: 1 + packed place of an own row, 0: not in this message */
     uint32_t relay_layer; /* the layer whose messages are awaited or have arrived */
     int first[N_KINDS + 1], pending[N_KINDS];
     MPI_Request *requests;
-    int *done;           /* scratch of MPI_Testsome */
+    int *done; /* scratch of MPI_Testsome */
 } mpi_links;
 
 /* ---- life ---- */
@@ -167,8 +167,10 @@ static status allocate_links(exchange *x, mpi_links *m, size_t *relay_bytes)
     for (int i = 0; i < m->first[N_KINDS]; i++)
         m->requests[i] = MPI_REQUEST_NULL;
     if (m->n_nodes && (m->slot_bytes > INT_MAX || most_result_bytes(x) > INT_MAX))
-        return status_fail(STATUS_UNSUPPORTED, "rank %d: %d rows of %d floats are more than one message between nodes holds (2 GiB): "
-                           "lower --max-rows", x->rank, x->shape.max_rows, x->shape.hidden);
+        return status_fail(STATUS_UNSUPPORTED,
+                           "rank %d: %d rows of %d floats are more than one message between nodes holds (2 GiB): "
+                           "lower --max-rows",
+                           x->rank, x->shape.max_rows, x->shape.hidden);
     return allocate_nodes(x, m);
 }
 
@@ -282,8 +284,8 @@ static status results_arrived(exchange *x, int i)
     far_node *f = &m->nodes[i];
     const results_head *head = (const results_head *)(void *)f->results;
     if (head->layer != x->layer)
-        return status_fail(STATUS_BAD_INPUT, "rank %d got results of layer exchange %u from rank %d during %u", x->rank, head->layer,
-                           f->gateway, x->layer);
+        return status_fail(STATUS_BAD_INPUT, "rank %d got results of layer exchange %u from rank %d during %u", x->rank,
+                           head->layer, f->gateway, x->layer);
     f->n_spills = head->n_spills;
     if (f->n_spills == 0)
         return STATUS_OK;
@@ -475,8 +477,8 @@ static status mpi_send(exchange *x)
 static status read_relayed(exchange *x, int source)
 {
     mpi_links *m = x->mine;
-    const char *message = exchange_node_at(&m->near, m->gateway_local[source],
-                                           m->near.relay + (size_t)m->gateway_slot[source] * m->slot_bytes);
+    const char *message =
+        exchange_node_at(&m->near, m->gateway_local[source], m->near.relay + (size_t)m->gateway_slot[source] * m->slot_bytes);
     const rows_head *head = (const rows_head *)(const void *)message;
     exchange_incoming *from = &x->from[source];
     if (head->layer != x->layer)

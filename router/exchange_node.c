@@ -25,7 +25,7 @@
 
 #include <stdlib.h>
 
-#define PAGE ((size_t)4096)
+#define PAGE   ((size_t)4096)
 #define ADVICE "lower --max-rows"
 
 static size_t pages(size_t bytes)
@@ -236,8 +236,7 @@ status exchange_node_give_back(exchange *x, exchange_node *n)
     TRY(give_spills(x, n));
     for (int i = 0; i < n->peers->n; i++)
         if (i != n->peers->mine)
-            x->stats.return_bytes_same_node +=
-                exchange_result_rows(x, &x->from[n->peers->ranks[i]].packet) * x->result_bytes;
+            x->stats.return_bytes_same_node += exchange_result_rows(x, &x->from[n->peers->ranks[i]].packet) * x->result_bytes;
     node_event_raise(&exchange_node_board(n, n->peers->mine)->returned, x->layer);
     return STATUS_OK;
 }

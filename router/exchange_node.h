@@ -14,7 +14,7 @@ typedef struct {
 
 /* Results for one source in the computing rank's window. */
 typedef struct {
-    uint64_t at;                 /* bytes into the results section */
+    uint64_t at;                    /* bytes into the results section */
     uint64_t first_spill, n_spills; /* items of the spill section */
 } result_place;
 

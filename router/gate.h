@@ -14,22 +14,22 @@
 #include <stdint.h>
 
 typedef enum { GATE_SOFTMAX, GATE_SIGMOID, GATE_SQRT_SOFTPLUS } gate_score;
-/* OFF: never chosen. FORCED: always chosen, also from outside the kept groups, and never cut by top_p. NULL: chosen like any other and
- * uses up one of the top_k places, but is dropped before the weights are normalised (AdaMoE, arXiv 2406.13233). */
+/* OFF: never chosen. FORCED: always chosen, also from outside the kept groups, and never cut by top_p. NULL: chosen like any
+ * other and uses up one of the top_k places, but is dropped before the weights are normalised (AdaMoE, arXiv 2406.13233). */
 enum { GATE_NORMAL = 0, GATE_OFF = 1, GATE_FORCED = 2, GATE_NULL = 3 };
 #define GATE_NO_EXPERT 0xffffu /* an entry a policy dropped; its weight is 0 */
 
 typedef struct {
     int n_experts, top_k;
     gate_score score;
-    const float *bias;           /* [n_experts] added for selection only; NULL: none */
-    int n_groups, keep_groups;   /* 0, 0: no group limit. A group's merit: the sum of its two best biased scores */
-    const uint8_t *mask;         /* [n_experts] of the four above; NULL: all normal */
-    float top_p;                 /* 0: off; else keep the smallest prefix whose scores sum to more than this */
-    int k_min;                   /* with top_p: at least this many */
-    bool normalise;              /* kept weights divided by their sum */
-    float scale;                 /* 1: neutral */
-    const float *multiply;       /* [n_experts] applied last; NULL: none */
+    const float *bias;         /* [n_experts] added for selection only; NULL: none */
+    int n_groups, keep_groups; /* 0, 0: no group limit. A group's merit: the sum of its two best biased scores */
+    const uint8_t *mask;       /* [n_experts] of the four above; NULL: all normal */
+    float top_p;               /* 0: off; else keep the smallest prefix whose scores sum to more than this */
+    int k_min;                 /* with top_p: at least this many */
+    bool normalise;            /* kept weights divided by their sum */
+    float scale;               /* 1: neutral */
+    const float *multiply;     /* [n_experts] applied last; NULL: none */
 } gate_policy;
 
 /* The rest is zero: softmax, top-k, weights as scored. */

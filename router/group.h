@@ -28,8 +28,8 @@ int group_n_nodes(const group *g);
 const int *group_node_of_rank(const group *g); /* [size] */
 const char *group_host(const group *g, int rank);
 bool group_shares_cores(const group *g, int threads_per_rank); /* more threads than cores on this node: do not spin */
-/* SIGTERM has come. Waits inside the group and the exchange end by themselves (STATUS_STOPPED); other loops ask here. Always false in
- * a group of one, which leaves the signal alone. */
+/* SIGTERM has come. Waits inside the group and the exchange end by themselves (STATUS_STOPPED); other loops ask here. Always
+ * false in a group of one, which leaves the signal alone. */
 bool group_told_to_stop(void);
 
 /* [all] Rank 0's bytes to everybody; every rank passes the same size. */
@@ -37,12 +37,13 @@ status group_broadcast(group *g, void *bytes, size_t size);
 /* [all] Like it, for a size only rank 0 knows: *bytes points into a buffer of the group, valid until the next call. On rank 0
  * *bytes and *size are what is sent. The leader may take its time: the others sleep. */
 status group_broadcast_message(group *g, const void **bytes, size_t *size);
-/* [all] Every rank's bytes to rank 0: there parts[r], sizes[r] [size] point into buffers of the group, valid until the next call; elsewhere untouched. */
+/* [all] Every rank's bytes to rank 0: there parts[r], sizes[r] [size] point into buffers of the group, valid until the next call;
+ * elsewhere untouched. */
 status group_gather(group *g, const void *bytes, size_t size, const void **parts, size_t *sizes);
 /* [all] The smallest of all ranks' values. */
 status group_min(group *g, int value, int *out);
-/* [all] `mine` of every rank: all return STATUS_OK when all are; otherwise the lowest failing rank gets its own status back, the others
- * STATUS_ELSEWHERE, so that one rank prints one sentence. */
+/* [all] `mine` of every rank: all return STATUS_OK when all are; otherwise the lowest failing rank gets its own status back, the
+ * others STATUS_ELSEWHERE, so that one rank prints one sentence. */
 status group_agree(group *g, status mine);
 status group_barrier(group *g); /* [all] */
 

@@ -14,8 +14,8 @@
 #include <unistd.h>
 
 #define LONGEST_SLEEP_US 4000u
-#define PIECE_BYTES ((size_t)64 << 20) /* MPI counts are ints */
-#define REPORT_TAG 1
+#define PIECE_BYTES      ((size_t)64 << 20) /* MPI counts are ints */
+#define REPORT_TAG       1
 
 struct group_links {
     MPI_Comm world;  /* ours: the application's errors must not meet another library's messages */
@@ -85,8 +85,8 @@ static void number_nodes(group *g, const introduction *all, int ranks_per_node)
     g->n_nodes = 0;
     for (int r = 0; r < g->size; r++) {
         int twin = 0;
-        while (twin < r && !(all[twin].machine == all[r].machine &&
-                             (ranks_per_node == 0 || twin / ranks_per_node == r / ranks_per_node)))
+        while (twin < r &&
+               !(all[twin].machine == all[r].machine && (ranks_per_node == 0 || twin / ranks_per_node == r / ranks_per_node)))
             twin++;
         int node = twin < r ? g->node_of_rank[twin] : g->n_nodes++;
         g->node_of_rank[r] = node;
@@ -267,7 +267,8 @@ status group_mpi_take(group *g, int node, void *bytes, size_t size)
 {
     for (size_t at = 0; at < size; at += PIECE_BYTES) {
         MPI_Request request;
-        TRY_MPI(g->rank, MPI_Irecv, ((char *)bytes + at, piece(size, at), MPI_BYTE, node, REPORT_TAG, g->links->firsts, &request));
+        TRY_MPI(g->rank, MPI_Irecv,
+                ((char *)bytes + at, piece(size, at), MPI_BYTE, node, REPORT_TAG, g->links->firsts, &request));
         TRY(finish(g, &request, "MPI_Irecv"));
     }
     return STATUS_OK;

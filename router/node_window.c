@@ -18,8 +18,8 @@
 #include <unistd.h>
 
 #define WATCH_SECONDS 0.02
-#define SPIN_TURNS 2000u
-#define YIELD_TURNS 64u
+#define SPIN_TURNS    2000u
+#define YIELD_TURNS   64u
 
 /* ---- time, stop ---- */
 
@@ -199,11 +199,11 @@ status node_backoff_pause(node_backoff *backoff, bool spin, unsigned max_us, con
 struct node_window {
     const node_peers *peers; /* borrowed */
     unsigned number;
-    int fd;         /* own segment */
-    bool named;     /* its name still exists */
+    int fd;     /* own segment */
+    bool named; /* its name still exists */
     size_t committed;
-    void **at;      /* [n] */
-    size_t *bytes;  /* [n] */
+    void **at;     /* [n] */
+    size_t *bytes; /* [n] */
 };
 
 static void segment_name(const node_window *w, int local, char *name, size_t size)

@@ -32,7 +32,7 @@ typedef struct {
     void (*tick)(void); /* NULL, or called now and then by who waits on an event */
 } node_peers;
 
-status node_peers_open(node_peers *peers);  /* opens pidfds; the other fields are filled in by the caller */
+status node_peers_open(node_peers *peers); /* opens pidfds; the other fields are filled in by the caller */
 void node_peers_close(node_peers *peers);
 
 /* What somebody waits for, for the sentence if it never comes: "rank 3's results of layer exchange 37". */
@@ -42,14 +42,13 @@ typedef struct {
     uint32_t number;
 } wait_reason;
 
-/* STATUS_PEER_LOST when a peer of this node is gone, STATUS_STOPPED after SIGTERM (either only on the rank that says so first, else
- * STATUS_ELSEWHERE); `since` is clock_seconds() at the start of the wait. */
+/* STATUS_PEER_LOST when a peer of this node is gone, STATUS_STOPPED after SIGTERM (either only on the rank that says so first,
+ * else STATUS_ELSEWHERE); `since` is clock_seconds() at the start of the wait. */
 status node_peers_watch(const node_peers *peers, const wait_reason *why, double since);
 
 /* SIGTERM sets a flag that ends waits; a second one kills as usual. */
 void node_stop_install(void);
 bool node_stop_requested(void);
-
 
 typedef struct {
     _Alignas(64) _Atomic uint32_t value;
@@ -63,8 +62,8 @@ bool node_event_reached(const node_event *event, uint32_t value);
 /* Waits until it has. `spin`: look for some microseconds before sleeping; only where no other thread wants the core. */
 status node_event_wait(node_event *event, uint32_t value, bool spin, const node_peers *peers, const wait_reason *why);
 
-/* For waits that must poll (MPI): pauses, longer and longer: spins if allowed, gives the core away, then sleeps a sixteenth of the
- * time waited, 10 us to max_us, and keeps watch. Start with a zeroed one. */
+/* For waits that must poll (MPI): pauses, longer and longer: spins if allowed, gives the core away, then sleeps a sixteenth of
+ * the time waited, 10 us to max_us, and keeps watch. Start with a zeroed one. */
 typedef struct {
     unsigned turns;
     double since, watched;
@@ -81,7 +80,7 @@ status node_window_commit(node_window *w, size_t offset, size_t bytes, const cha
 status node_window_attach(node_window *w);
 /* Takes the own name away; after all peers have attached, or given up. */
 void node_window_unlink(node_window *w);
-void node_window_destroy(node_window *w); /* NULL is fine */
+void node_window_destroy(node_window *w);              /* NULL is fine */
 void *node_window_at(const node_window *w, int local); /* segment of the node's rank `local` */
 size_t node_window_committed(const node_window *w);    /* bytes set aside in the own segment */
 

@@ -22,7 +22,7 @@ typedef struct {
     uint32_t row;         /* place in the block of rows it comes with */
     uint32_t first_entry; /* in this packet's entries */
     uint16_t n_entries;
-    int16_t exponent;     /* combine.h, fixed */
+    int16_t exponent; /* combine.h, fixed */
 } packet_row;
 
 typedef struct {
@@ -32,8 +32,8 @@ typedef struct {
 } packet_entry;
 
 typedef struct {
-    const packet_row *rows;       /* rising by row */
-    const packet_entry *entries;  /* grouped by row, rising by expert inside */
+    const packet_row *rows;      /* rising by row */
+    const packet_entry *entries; /* grouped by row, rising by expert inside */
     uint32_t n_rows, n_entries;
 } packet;
 

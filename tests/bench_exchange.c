@@ -13,10 +13,10 @@
  *               the same back, sum at home
  * Ways alternate round by round; a round's time is its slowest rank's; medians are compared.
  *
- * Ceiling: bytes that any way must copy on a rank (rows in, T h; gathered rows, T k h; outputs read, T k h; rows out, T h; h = 4 hidden
- * bytes) over what memcpy copies per second here when all ranks copy at once. */
-#include "proto/log.h"
+ * Ceiling: bytes that any way must copy on a rank (rows in, T h; gathered rows, T k h; outputs read, T k h; rows out, T h; h = 4
+ * hidden bytes) over what memcpy copies per second here when all ranks copy at once. */
 #include "proto/clock.h"
+#include "proto/log.h"
 #include "router/exchange.h"
 #include "tests/support.h"
 
@@ -33,10 +33,10 @@ typedef struct {
     group *g;
     route *routes;
     int16_t *exponents;
-    float *in, *out;        /* [tokens][hidden] */
-    int *expert_first;      /* [experts + 1] places of local rows, by expert; of this round */
+    float *in, *out;   /* [tokens][hidden] */
+    int *expert_first; /* [experts + 1] places of local rows, by expert; of this round */
     int *expert_at;
-    float *gathered;        /* rows by expert: the experts' input, and here also their output */
+    float *gathered; /* rows by expert: the experts' input, and here also their output */
     /* Alltoallv */
     float *send, *receive, *back;
     int *counts[4], *places[4];
@@ -117,7 +117,8 @@ static void by_exchange(bench *b)
             for (uint32_t e = row->first_entry; e < row->first_entry + row->n_entries; e++) {
                 const packet_entry *entry = &in->packet.entries[e];
                 must(combine_add_fixed(b->gathered + (size_t)b->expert_at[entry->expert]++ * (size_t)b->hidden, entry->weight,
-                                       row->exponent, b->k, i, entry->expert, 0, b->hidden, to, exchange_spills(b->x, 0, s)), b->g);
+                                       row->exponent, b->k, i, entry->expert, 0, b->hidden, to, exchange_spills(b->x, 0, s)),
+                     b->g);
             }
         }
     }
@@ -176,8 +177,10 @@ static void swap_counts(bench *b, int out, int in)
 static void their_packets(const bench *b, packet *packets)
 {
     for (int s = 0; s < b->size; s++)
-        packets[s] = (packet){.rows = b->their_rows + b->places[ROWS_IN][s], .entries = b->their_entries + b->places[ENTRIES_IN][s],
-                              .n_rows = (uint32_t)b->counts[ROWS_IN][s], .n_entries = (uint32_t)b->counts[ENTRIES_IN][s]};
+        packets[s] = (packet){.rows = b->their_rows + b->places[ROWS_IN][s],
+                              .entries = b->their_entries + b->places[ENTRIES_IN][s],
+                              .n_rows = (uint32_t)b->counts[ROWS_IN][s],
+                              .n_entries = (uint32_t)b->counts[ENTRIES_IN][s]};
 }
 
 static void per_expert(bench *b)
@@ -272,7 +275,8 @@ static void choose_routes(bench *b, uint64_t *random)
                 e = support_below(random, b->experts);
             while (taken[e]);
             taken[e] = true;
-            b->routes[t * b->k + j] = (route){.expert = (uint16_t)e, .rank = (uint16_t)rank_of(b, e), .weight = 1.0f / (float)b->k};
+            b->routes[t * b->k + j] =
+                (route){.expert = (uint16_t)e, .rank = (uint16_t)rank_of(b, e), .weight = 1.0f / (float)b->k};
         }
     }
 }
@@ -313,8 +317,8 @@ static void start(bench *b)
 static void stop(bench *b)
 {
     exchange_destroy(b->x);
-    void *all[] = {b->routes, b->exponents, b->in, b->out, b->expert_first, b->expert_at, b->gathered, b->receive, b->send, b->back,
-                   b->rows, b->entries, b->their_rows, b->their_entries, b->packets, b->scratch};
+    void *all[] = {b->routes, b->exponents, b->in,   b->out,     b->expert_first, b->expert_at,     b->gathered, b->receive,
+                   b->send,   b->back,      b->rows, b->entries, b->their_rows,   b->their_entries, b->packets,  b->scratch};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         free(all[i]);
     for (int i = 0; i < 4; i++) {
@@ -353,10 +357,12 @@ static void measure(bench *b)
     double copied = (double)b->tokens * (2.0 + 2.0 * b->k) * (double)b->row;
     double speed = (double)b->tokens * b->k * (double)b->row / us[3];
     if (b->rank == 0)
-        printf("%d ranks on %d nodes, %d tokens a rank: exchange %.0f us (%.0f of them waiting on rank 0), per expert %.0f us, per rank "
-               "%.0f us: ratio %.2f and %.2f (goals 0.35, 0.70); ceiling %.1f MB at memcpy's %.1f GB/s: %.0f us, %.0f %% of it reached\n",
-               b->size, group_n_nodes(b->g), b->tokens, us[0], 1e6 * waited, us[1], us[2], us[0] / us[1], us[0] / us[2], copied / 1e6,
-               speed / 1e3, copied / speed, 100 * copied / speed / us[0]);
+        printf("%d ranks on %d nodes, %d tokens a rank: exchange %.0f us (%.0f of them waiting on rank 0), per expert %.0f us, "
+               "per rank "
+               "%.0f us: ratio %.2f and %.2f (goals 0.35, 0.70); ceiling %.1f MB at memcpy's %.1f GB/s: %.0f us, %.0f %% of it "
+               "reached\n",
+               b->size, group_n_nodes(b->g), b->tokens, us[0], 1e6 * waited, us[1], us[2], us[0] / us[1], us[0] / us[2],
+               copied / 1e6, speed / 1e3, copied / speed, 100 * copied / speed / us[0]);
 }
 
 /* ---- waiting ---- */

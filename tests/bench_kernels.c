@@ -2,9 +2,9 @@
  *
  *     bench_kernels [--quick] [--json] [--isa NAME] [--only TEXT]
  *
- * Each figure states the work by formula: a product of m rows reads N * K * bytes of weights and does 2 * m * N * K operations; attention
- * reads 2 * positions * head_dim * 4 bytes per KV head and does 4 * positions * head_dim operations per query head.
- * Its ceiling is the longer of two times: the bytes at the speed of a plain read loop over the same bytes on as many threads, and the
+ * Each figure states the work by formula: a product of m rows reads N * K * bytes of weights and does 2 * m * N * K operations;
+ * attention reads 2 * positions * head_dim * 4 bytes per KV head and does 4 * positions * head_dim operations per query head. Its
+ * ceiling is the longer of two times: the bytes at the speed of a plain read loop over the same bytes on as many threads, and the
  * operations at the speed of a loop of FMA on registers. Kernel and both loops take turns, round by round, because the speed
  * of a shared machine moves; the ratio is the median of the rounds' ratios. Weights come from memory: a round walks through
  * more of them than any cache holds. */
@@ -57,15 +57,16 @@ static void print_figure(const figure *f, double took, double read, double peak,
 {
     double gb = f->bytes / took * 1e-9, gflop = f->flops / took * 1e-9;
     if (bench.json) {
-        printf("%s\n  {\"name\": \"%s\", \"isa\": \"%s\", \"threads\": %d, \"milliseconds\": %.4f, \"gb_per_s\": %.3f, \"gflop_per_s\": %.3f, "
+        printf("%s\n  {\"name\": \"%s\", \"isa\": \"%s\", \"threads\": %d, \"milliseconds\": %.4f, \"gb_per_s\": %.3f, "
+               "\"gflop_per_s\": %.3f, "
                "\"read_loop_gb_per_s\": %.3f, \"fma_loop_gflop_per_s\": %.3f, \"bound\": \"%s\", \"ratio\": %.4f}",
                bench.n_printed++ ? "," : "[", f->name, bench.table->name, bench.threads, took * 1e3, gb, gflop, read, peak,
                by_memory ? "memory" : "fma", ratio);
         return;
     }
     if (bench.n_printed++ == 0)
-        printf("%-34s %7s %9s %8s %9s %9s %9s  %-6s %6s\n", "", "threads", "ms", "GB/s", "GFLOP/s", "read GB/s", "FMA GF/s", "bound",
-               "ratio");
+        printf("%-34s %7s %9s %8s %9s %9s %9s  %-6s %6s\n", "", "threads", "ms", "GB/s", "GFLOP/s", "read GB/s", "FMA GF/s",
+               "bound", "ratio");
     printf("%-34s %7d %9.3f %8.2f %9.1f %9.2f %9.1f  %-6s %5.1f%%\n", f->name, bench.threads, took * 1e3, gb, gflop, read, peak,
            by_memory ? "memory" : "fma", 100 * ratio);
     fflush(stdout);
@@ -84,7 +85,8 @@ static void measure(figure *f)
         ratio[r] = fmax(f->bytes / read[r], f->flops / peak[r]) * 1e-9 / took[r];
     }
     double gb = bench_median(read, bench.rounds), gflop = bench_median(peak, bench.rounds);
-    print_figure(f, bench_median(took, bench.rounds), gb, gflop, bench_median(ratio, bench.rounds), f->bytes / gb > f->flops / gflop);
+    print_figure(f, bench_median(took, bench.rounds), gb, gflop, bench_median(ratio, bench.rounds),
+                 f->bytes / gb > f->flops / gflop);
 }
 
 /* ---- products ---- */
@@ -141,8 +143,13 @@ static void bench_product(weight_format format, int m, int k, int n)
     uint64_t seed = 1;
     for (int i = 0; i < m * k; i++)
         p.x[i] = support_gauss(&seed);
-    figure f = {.run = run_products, .arg = &p, .data = p.w, .data_bytes = matrix * (size_t)p.count, .repeat = 1,
-                .bytes = (double)matrix * p.count, .flops = flops * p.count};
+    figure f = {.run = run_products,
+                .arg = &p,
+                .data = p.w,
+                .data_bytes = matrix * (size_t)p.count,
+                .repeat = 1,
+                .bytes = (double)matrix * p.count,
+                .flops = flops * p.count};
     snprintf(f.name, sizeof f.name, "matmul %s m=%d K=%d N=%d", names[format], m, k, n);
     if (!bench.only || strstr(f.name, bench.only)) {
         fill_weights(format);
@@ -207,15 +214,30 @@ static void bench_attention(const char *what, int context, int n_rows)
         q[i] = support_gauss(&seed);
     for (size_t b = 0; b < blocks; b++)
         ids[b] = (int32_t)b;
-    attentions a = {.args = {.q = q, .q_row_stride = WIDTH, .out = out, .out_row_stride = WIDTH, .n_rows = n_rows, .n_heads = GROUP,
-                             .head_dim = HEAD_DIM, .first_position = context - n_rows, .scale = 0.09f,
-                             .pool = (const float *)(const void *)bench.weights, .block_floats = block_floats, .block_ids = ids},
-                    .n_sequences = n_sequences, .blocks = blocks};
+    attentions a = {.args = {.q = q,
+                             .q_row_stride = WIDTH,
+                             .out = out,
+                             .out_row_stride = WIDTH,
+                             .n_rows = n_rows,
+                             .n_heads = GROUP,
+                             .head_dim = HEAD_DIM,
+                             .first_position = context - n_rows,
+                             .scale = 0.09f,
+                             .pool = (const float *)(const void *)bench.weights,
+                             .block_floats = block_floats,
+                             .block_ids = ids},
+                    .n_sequences = n_sequences,
+                    .blocks = blocks};
     double seen = 0; /* positions, over rows */
     for (int i = 0; i < n_rows; i++)
         seen += context - n_rows + i + 1;
-    figure f = {.run = run_attention, .arg = &a, .data = bench.weights, .data_bytes = per_sequence * (size_t)n_sequences, .repeat = 1,
-                .bytes = (double)per_sequence * n_sequences, .flops = 4.0 * seen * WIDTH * n_sequences};
+    figure f = {.run = run_attention,
+                .arg = &a,
+                .data = bench.weights,
+                .data_bytes = per_sequence * (size_t)n_sequences,
+                .repeat = 1,
+                .bytes = (double)per_sequence * n_sequences,
+                .flops = 4.0 * seen * WIDTH * n_sequences};
     snprintf(f.name, sizeof f.name, "attention %s, context %d", what, context);
     if (!bench.only || strstr(f.name, bench.only)) {
         fill_weights(FORMAT_F32);
@@ -260,7 +282,11 @@ static void bench_rows(const char *name, int kind, int n, int rows)
         w.x[i] = support_gauss(&seed), w.y[i] = 0;
     for (int i = 0; i < n; i++)
         w.weight[i] = 1;
-    figure f = {.run = run_rows, .arg = &w, .data = (const char *)w.x, .data_bytes = total * sizeof(float), .repeat = (size_t)w.repeat,
+    figure f = {.run = run_rows,
+                .arg = &w,
+                .data = (const char *)w.x,
+                .data_bytes = total * sizeof(float),
+                .repeat = (size_t)w.repeat,
                 .bytes = (double)total * w.repeat * sizeof(float)};
     snprintf(f.name, sizeof f.name, "%s n=%d", name, n);
     measure(&f);

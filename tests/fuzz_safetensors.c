@@ -1,5 +1,5 @@
-/* fuzz_safetensors.c - any bytes as a safetensors file: refused with a one-line sentence, or tensors that lie inside the bytes, apart
- * from each other, found by their names.
+/* fuzz_safetensors.c - any bytes as a safetensors file: refused with a one-line sentence, or tensors that lie inside the bytes,
+ * apart from each other, found by their names.
  *
  * Most inputs take the form "header text, then data": the length in front is filled in here, so that mutations reach the
  * JSON behind it instead of failing on the first eight bytes. Inputs that begin with a zero byte are taken as they are. */

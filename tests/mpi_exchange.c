@@ -2,7 +2,8 @@
  *
  *   mpi_exchange LAYERS RANKS_PER_NODE [SEED]     all modes, formats and some top-k; LAYERS of each
  *   mpi_exchange roomy RANKS_PER_NODE             one layer of a shape that wants some 10 MB of /dev/shm
- *   mpi_exchange forever RANKS_PER_NODE           one shape until something ends it; says "running" on stdout when it is under way */
+ *   mpi_exchange forever RANKS_PER_NODE           one shape until something ends it; says "running" on stdout when it is under
+ * way */
 #include "proto/log.h"
 #include "tests/support_exchange.h"
 
@@ -29,8 +30,9 @@ static status check_returned(group *g, const exchange_check *c, const exchange *
         for (int i = 0; i < 4; i++)
             sum[i] += ((const unsigned long long *)parts[r])[i];
     if (sum[0] != sum[2] || sum[1] != sum[3])
-        st = status_fail(STATUS_BAD_INPUT, "%llu and %llu result bytes counted inside and between nodes, routes say %llu and %llu",
-                         sum[0], sum[1], sum[2], sum[3]);
+        st =
+            status_fail(STATUS_BAD_INPUT, "%llu and %llu result bytes counted inside and between nodes, routes say %llu and %llu",
+                        sum[0], sum[1], sum[2], sum[3]);
     return group_agree(g, st);
 }
 
@@ -44,7 +46,8 @@ static status check_shape_of(group *g, const exchange_shape *shape, int layers, 
     for (int i = 0; i < layers; i++)
         TRY(exchange_check_layer(&check, x, g, &random, &shared, maybe_sleep));
     TRY(check_returned(g, &check, x));
-    if (exchange_get_stats(x)->combined_rows && shape->combine == COMBINE_FIXED && exchange_get_stats(x)->spills == 0 && layers > 50)
+    if (exchange_get_stats(x)->combined_rows && shape->combine == COMBINE_FIXED && exchange_get_stats(x)->spills == 0 &&
+        layers > 50)
         return status_fail(STATUS_BAD_INPUT, "no element ever left the range: the test has lost its teeth");
     exchange_check_close(&check);
     exchange_destroy(x);
@@ -58,8 +61,12 @@ static status all_shapes(group *g, int layers, uint64_t seed)
     for (int mode = COMBINE_EXACT; mode <= COMBINE_FAST; mode++)
         for (int format = ROWS_F32; format <= ROWS_BF16; format++)
             for (int i = 0; i < 3; i++) {
-                exchange_shape shape = {.hidden = hiddens[(i + mode) % 3], .top_k = ks[i], .max_rows = rows[(i + format) % 3],
-                                        .n_threads = 1 + i, .combine = (combine_mode)mode, .rows = (row_format)format};
+                exchange_shape shape = {.hidden = hiddens[(i + mode) % 3],
+                                        .top_k = ks[i],
+                                        .max_rows = rows[(i + format) % 3],
+                                        .n_threads = 1 + i,
+                                        .combine = (combine_mode)mode,
+                                        .rows = (row_format)format};
                 TRY(check_shape_of(g, &shape, layers, seed + (uint64_t)n++));
             }
     return STATUS_OK;

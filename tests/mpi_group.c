@@ -8,10 +8,10 @@
 #include <string.h>
 #include <unistd.h>
 
-#define EXPECT(condition)                                                                              \
-    do {                                                                                               \
-        if (!(condition))                                                                              \
-            return status_fail(STATUS_BAD_INPUT, "mpi_group.c:%d: %s does not hold", __LINE__, #condition); \
+#define EXPECT(condition)                                                                                                        \
+    do {                                                                                                                         \
+        if (!(condition))                                                                                                        \
+            return status_fail(STATUS_BAD_INPUT, "mpi_group.c:%d: %s does not hold", __LINE__, #condition);                      \
     } while (0)
 
 static void fill(char *bytes, size_t size, uint64_t seed)

@@ -16,8 +16,8 @@ const char *support_binary(const char *name);
 
 /* splitmix64: the same numbers everywhere. */
 uint64_t support_random(uint64_t *state);
-int support_below(uint64_t *state, int n);                 /* 0 .. n-1 */
-float support_gauss(uint64_t *state);                      /* about N(0, 1) */
+int support_below(uint64_t *state, int n); /* 0 .. n-1 */
+float support_gauss(uint64_t *state);      /* about N(0, 1) */
 
 /* A fresh folder under $TMPDIR; removed with everything in it by support_remove(). */
 const char *support_scratch(void);

@@ -56,18 +56,17 @@ __attribute__((target("avx2"))) static void read_loop(void *arg, int thread, int
     sink = (float)_mm256_extract_epi32(a, 0);
 }
 
-#define FMA_LOOP(vector, set, fma)                                    \
-    vector v[FMA_CHAINS], factor = set(0.5f), more = set(1.0f);       \
-    for (int i = 0; i < FMA_CHAINS; i++)                              \
-        v[i] = set((float)i);                                         \
-    for (int turn = 0; turn < FMA_TURNS; turn++) {                    \
-        _Pragma("GCC unroll 12") for (int i = 0; i < FMA_CHAINS; i++) \
-            v[i] = fma(v[i], factor, more);                           \
-    }                                                                 \
-    float out[sizeof v / (sizeof(float))], sum = 0;                     \
-    memcpy(out, v, sizeof out);                                       \
-    for (size_t i = 0; i < sizeof v / (sizeof(float)); i++)             \
-        sum += out[i];                                                \
+#define FMA_LOOP(vector, set, fma)                                                                                               \
+    vector v[FMA_CHAINS], factor = set(0.5f), more = set(1.0f);                                                                  \
+    for (int i = 0; i < FMA_CHAINS; i++)                                                                                         \
+        v[i] = set((float)i);                                                                                                    \
+    for (int turn = 0; turn < FMA_TURNS; turn++) {                                                                               \
+        _Pragma("GCC unroll 12") for (int i = 0; i < FMA_CHAINS; i++) v[i] = fma(v[i], factor, more);                            \
+    }                                                                                                                            \
+    float out[sizeof v / (sizeof(float))], sum = 0;                                                                              \
+    memcpy(out, v, sizeof out);                                                                                                  \
+    for (size_t i = 0; i < sizeof v / (sizeof(float)); i++)                                                                      \
+        sum += out[i];                                                                                                           \
     sink = sum
 
 __attribute__((target("avx2,fma"))) static void fma_avx2(void *arg, int thread, int n_threads)

@@ -16,9 +16,9 @@
 typedef struct {
     exchange_shape shape;
     int n_experts;
-    float *row, *y, *out;  /* [hidden], [hidden], [max_rows][hidden] */
-    route *routes;         /* [max_rows][top_k] */
-    int16_t *exponents;    /* [max_rows] */
+    float *row, *y, *out; /* [hidden], [hidden], [max_rows][hidden] */
+    route *routes;        /* [max_rows][top_k] */
+    int16_t *exponents;   /* [max_rows] */
     int n_rows;
     /* what the routes say, since start */
     unsigned long long *rows_to_rank, same_node, cross_node, home_same_node, home_cross_node;
@@ -212,8 +212,8 @@ static inline status check_row(exchange_check *c, const float *row, int r)
         float got = c->out[(size_t)r * (size_t)h + (size_t)i];
         bool good = c->shape.combine == COMBINE_FAST ? fabsf(got - want) <= 1e-5f * size : memcmp(&got, &want, 4) == 0;
         if (!good)
-            return status_fail(STATUS_BAD_INPUT, "row %d of %d, column %d came home as %.9g instead of %.9g", r, c->n_rows, i, got,
-                               want);
+            return status_fail(STATUS_BAD_INPUT, "row %d of %d, column %d came home as %.9g instead of %.9g", r, c->n_rows, i,
+                               got, want);
     }
     return STATUS_OK;
 }

@@ -27,7 +27,8 @@ static const tensor_view *tensor(const safetensors *file, const char *kind, int 
 static void listen_event(void *arg, const engine_event *e)
 {
     model_answer *a = arg;
-    size_t i = (size_t)e->id, per_row = (size_t)a->n_moe_layers * (size_t)a->top_k, first = (size_t)e->first_position, n = (size_t)e->n_rows;
+    size_t i = (size_t)e->id, per_row = (size_t)a->n_moe_layers * (size_t)a->top_k, first = (size_t)e->first_position,
+           n = (size_t)e->n_rows;
     if (e->kind == ENGINE_EVENT_TOKEN)
         a->greedy[i][a->n_greedy[i]++] = e->token;
     if (e->kind != ENGINE_EVENT_ROWS || e->decode)
@@ -55,9 +56,12 @@ static void take_arrays(model_answer *a, const model_config *c, const safetensor
 static void submit(engine *e, const safetensors *reference, int i)
 {
     const tensor_view *prompt = tensor(reference, "prompt", i);
-    engine_request r = {.id = (uint64_t)i, .prompt = prompt->data, .n_prompt = (int)prompt->shape[0],
+    engine_request r = {.id = (uint64_t)i,
+                        .prompt = prompt->data,
+                        .n_prompt = (int)prompt->shape[0],
                         .max_new = (int)tensor(reference, "greedy", i)->shape[0],
-                        .want = ENGINE_WANT_LOGITS | ENGINE_WANT_CHOICES | ENGINE_IGNORE_EOS, .owner = -1};
+                        .want = ENGINE_WANT_LOGITS | ENGINE_WANT_CHOICES | ENGINE_IGNORE_EOS,
+                        .owner = -1};
     if (engine_submit(e, &r) != STATUS_OK)
         fail_msg("%s", status_message());
 }
@@ -111,10 +115,11 @@ static void compare_choices(const safetensors *file, const model_answer *a, int 
     for (int l = 0; l < a->n_moe_layers; l++)
         for (int r = 0; r < a->n_tokens[i]; r++)
             for (int j = 0; j < a->top_k; j++) {
-                size_t theirs = (size_t)((l * a->n_tokens[i] + r) * a->top_k + j), ours = (size_t)((r * a->n_moe_layers + l) * a->top_k + j);
+                size_t theirs = (size_t)((l * a->n_tokens[i] + r) * a->top_k + j),
+                       ours = (size_t)((r * a->n_moe_layers + l) * a->top_k + j);
                 if (a->experts[i][ours] != want[theirs] || fabsf(a->weights[i][ours] - want_weight[theirs]) > 1e-4f)
-                    fail_msg("prompt %d, token %d, layer %d, choice %d: expert %d weight %g, transformers has %d and %g", i, r, l, j,
-                             a->experts[i][ours], (double)a->weights[i][ours], want[theirs], (double)want_weight[theirs]);
+                    fail_msg("prompt %d, token %d, layer %d, choice %d: expert %d weight %g, transformers has %d and %g", i, r, l,
+                             j, a->experts[i][ours], (double)a->weights[i][ours], want[theirs], (double)want_weight[theirs]);
             }
 }
 

@@ -17,7 +17,8 @@ typedef struct {
     int vocab, n_moe_layers, top_k;
 } model_answer;
 
-/* Loads DIR with these options (model_dir, limits.max_length are set here) and runs `which` prompts (bit i: prompt i) together. */
+/* Loads DIR with these options (model_dir, limits.max_length are set here) and runs `which` prompts (bit i: prompt i) together.
+ */
 void support_run_reference(const char *dir, const runtime_options *options, unsigned which, model_answer *out);
 void support_answer_clear(model_answer *answer);
 

@@ -28,8 +28,9 @@ typedef struct {
 } model;
 
 #define HIDDEN 16
-#define TINY "\"hidden_size\": 16, \"num_attention_heads\": 2, \"num_key_value_heads\": 1, \"num_hidden_layers\": 2, \"vocab_size\": 8, " \
-             "\"num_experts\": 4, \"num_experts_per_tok\": 2, \"intermediate_size\": 12, \"moe_intermediate_size\": 6"
+#define TINY                                                                                                                     \
+    "\"hidden_size\": 16, \"num_attention_heads\": 2, \"num_key_value_heads\": 1, \"num_hidden_layers\": 2, \"vocab_size\": 8, " \
+    "\"num_experts\": 4, \"num_experts_per_tok\": 2, \"intermediate_size\": 12, \"moe_intermediate_size\": 6"
 
 static model_config config_of(const char *family, const char *keys)
 {
@@ -163,7 +164,8 @@ static void write_file(const char *path, const model *m, int shard)
     for (int i = 0; i < m->n; i++)
         if (m->list[i].shard == shard)
             assert_int_equal(safetensors_writer_declare(writer, m->list[i].name, m->list[i].dtype, m->list[i].n_dims,
-                                                        m->list[i].shape, &index[i]), STATUS_OK);
+                                                        m->list[i].shape, &index[i]),
+                             STATUS_OK);
     assert_int_equal(safetensors_writer_begin(writer), STATUS_OK);
     for (int i = 0; i < m->n; i++)
         if (m->list[i].shard == shard) {
@@ -295,7 +297,8 @@ static void compare_layer(const model_config *c, const layer_weights *y, const s
         const weight_matrix *ours[] = {&y->experts[e].gate, &y->experts[e].up, &y->experts[e].down};
         for (int i = 0; i < 3; i++)
             if (ours[i]->data)
-                same(ours[i], look(s, "model.layers.%d.%s.experts.%d.%s.weight", l, block, e, (mixtral ? mixtral_parts : parts)[i]));
+                same(ours[i],
+                     look(s, "model.layers.%d.%s.experts.%d.%s.weight", l, block, e, (mixtral ? mixtral_parts : parts)[i]));
     }
     if (c->qkv_bias) {
         same_vector(y->q_bias, look(s, "model.layers.%d.self_attn.q_proj.bias", l));
@@ -454,9 +457,13 @@ static void mixed_formats(void **state)
 static void bad_tensors(void **state)
 {
     (void)state;
-    static const char *const names[] = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight",
-                                        "model.layers.1.self_attn.k_norm.weight", "model.layers.0.self_attn.o_proj.weight",
-                                        "model.layers.1.mlp.gate.weight", "model.layers.1.mlp.experts.3.down_proj.weight"};
+    static const char *const names[] = {"model.embed_tokens.weight",
+                                        "model.norm.weight",
+                                        "lm_head.weight",
+                                        "model.layers.1.self_attn.k_norm.weight",
+                                        "model.layers.0.self_attn.o_proj.weight",
+                                        "model.layers.1.mlp.gate.weight",
+                                        "model.layers.1.mlp.experts.3.down_proj.weight"};
     model_config c = config_of("qwen3_moe", "");
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         model m = model_of(&c);
@@ -508,9 +515,13 @@ static void not_a_number(void **state)
 static void leftovers(void **state)
 {
     (void)state;
-    static const char *const telling[] = {"model.layers.0.self_attn.q_proj.bias", "model.layers.1.self_attn.sinks",
-                                          "model.layers.0.mlp.gate.e_score_correction_bias", "model.layers.1.mlp.experts.4.up_proj.weight",
-                                          "model.layers.1.pre_feedforward_layernorm.weight", "model.norm.bias", "lm_head.bias"};
+    static const char *const telling[] = {"model.layers.0.self_attn.q_proj.bias",
+                                          "model.layers.1.self_attn.sinks",
+                                          "model.layers.0.mlp.gate.e_score_correction_bias",
+                                          "model.layers.1.mlp.experts.4.up_proj.weight",
+                                          "model.layers.1.pre_feedforward_layernorm.weight",
+                                          "model.norm.bias",
+                                          "lm_head.bias"};
     static const char *const harmless[] = {"model.layers.0.self_attn.rotary_emb.inv_freq", "vision_tower.proj.bias", "note",
                                            "model.layers.2.self_attn.q_proj.bias", "model.layers.0.something"};
     model_config c = config_of("qwen3_moe", "");
@@ -551,7 +562,8 @@ static void bind_tied(bool embedding, bool head, bool equal)
         size_t size;
         assert_int_equal(safetensors_open(path, &file), STATUS_OK);
         const char *map = safetensors_mapping(file, &size);
-        const tensor_view *from = safetensors_find(file, "model.embed_tokens.weight"), *to = safetensors_find(file, "lm_head.weight");
+        const tensor_view *from = safetensors_find(file, "model.embed_tokens.weight"),
+                          *to = safetensors_find(file, "lm_head.weight");
         FILE *patch = fopen(path, "r+b");
         assert_int_equal(fseek(patch, (const char *)to->data - map, SEEK_SET), 0);
         assert_int_equal(fwrite(from->data, 1, to->n_bytes, patch), to->n_bytes);
@@ -652,16 +664,16 @@ static void lying_indexes(void **state)
 {
     (void)state;
     shard_refused(NULL, NULL, "part-1.safetensors", "shard part-1.safetensors, which it names, is missing");
-    shard_refused("part-0.safetensors", "part-1.safetensors",
-                  NULL, "tensor model.embed_tokens.weight is said to be in part-1.safetensors, but it is in");
+    shard_refused("part-0.safetensors", "part-1.safetensors", NULL,
+                  "tensor model.embed_tokens.weight is said to be in part-1.safetensors, but it is in");
     shard_refused("part-0.safetensors", "../part-0.safetensors", NULL, "is not the name of a file in this folder");
     shard_refused("part-0.safetensors", "..", NULL, "is not the name of a file in this folder");
     shard_refused("\"part-0.safetensors\"", "7", NULL, "is not the name of a file in this folder");
     shard_refused("\"model.embed_tokens.weight\": \"part-0.safetensors\",", "", NULL, "model.embed_tokens.weight in");
     shard_refused("\"model.embed_tokens.weight\"", "\"a\": \"part-0.safetensors\", \"model.embed_tokens.weight\"", NULL,
                   "tensor a is not in part-0.safetensors");
-    shard_refused("\"model.embed_tokens.weight\"", "\"model.embed_tokens.weight\": \"part-0.safetensors\", \"model.embed_tokens.weight\"",
-                  NULL, "listed twice");
+    shard_refused("\"model.embed_tokens.weight\"",
+                  "\"model.embed_tokens.weight\": \"part-0.safetensors\", \"model.embed_tokens.weight\"", NULL, "listed twice");
     shard_refused("\"weight_map\"", "\"weights\"", NULL, "weight_map is missing");
     shard_refused("}}", "}", NULL, "not JSON");
 }

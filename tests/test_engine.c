@@ -44,10 +44,17 @@ static fixture *start(int max_sequences, int chunk, size_t kv_bytes)
 {
     static const char *const domain = "none";
     fixture *f = calloc(1, sizeof *f);
-    runtime_options o = {.model_dir = support_data("qwen3_moe"), .threads = 2, .combine = COMBINE_FIXED,
-                         .limits = {.max_sequences = max_sequences, .chunk = chunk, .max_length = 96, .kv_bytes = kv_bytes, .n_domains = 1,
+    runtime_options o = {.model_dir = support_data("qwen3_moe"),
+                         .threads = 2,
+                         .combine = COMBINE_FIXED,
+                         .limits = {.max_sequences = max_sequences,
+                                    .chunk = chunk,
+                                    .max_length = 96,
+                                    .kv_bytes = kv_bytes,
+                                    .n_domains = 1,
                                     .domains = &domain}};
-    if (group_create(NULL, NULL, 0, &f->group) != STATUS_OK || runtime_create(f->group, &o, listen_event, &f->h, &f->runtime) != STATUS_OK)
+    if (group_create(NULL, NULL, 0, &f->group) != STATUS_OK ||
+        runtime_create(f->group, &o, listen_event, &f->h, &f->runtime) != STATUS_OK)
         fail_msg("%s", status_message());
     f->engine = f->h.engine = runtime_engine(f->runtime);
     return f;
@@ -77,10 +84,20 @@ static engine_request make_request(int i, int32_t *prompt)
     int n = 3 + 5 * i;
     for (int j = 0; j < n; j++)
         prompt[j] = support_below(&state, 512);
-    return (engine_request){.id = (uint64_t)i, .prompt = prompt, .n_prompt = n, .max_new = 20, .owner = -1, .want = ENGINE_IGNORE_EOS,
-                            .sampling = {.temperature = i % 3 ? 0.9f : 0, .top_k = i % 2 ? 40 : 0, .top_p = i % 4 == 3 ? 0.8f : 0,
-                                         .repetition_penalty = i % 4 == 1 ? 1.2f : 0, .frequency_penalty = i % 5 == 2 ? 0.5f : 0,
-                                         .biases = biases, .n_biases = i % 2 ? 2 : 0, .seed = 1234u + (uint64_t)i}};
+    return (engine_request){.id = (uint64_t)i,
+                            .prompt = prompt,
+                            .n_prompt = n,
+                            .max_new = 20,
+                            .owner = -1,
+                            .want = ENGINE_IGNORE_EOS,
+                            .sampling = {.temperature = i % 3 ? 0.9f : 0,
+                                         .top_k = i % 2 ? 40 : 0,
+                                         .top_p = i % 4 == 3 ? 0.8f : 0,
+                                         .repetition_penalty = i % 4 == 1 ? 1.2f : 0,
+                                         .frequency_penalty = i % 5 == 2 ? 0.5f : 0,
+                                         .biases = biases,
+                                         .n_biases = i % 2 ? 2 : 0,
+                                         .seed = 1234u + (uint64_t)i}};
 }
 
 static void submit(fixture *f, const engine_request *r)
@@ -210,7 +227,11 @@ static void impossible_requests_are_refused(void **state)
     const struct {
         int n_prompt, max_new, owner, first_token;
         const char *words;
-    } cases[] = {{0, 4, -1, 1, "empty"}, {3, 94, -1, 1, "96"}, {3, 4, 1, 1, "owner"}, {3, 4, -1, 512, "vocabulary"}, {3, -1, -1, 1, "new"}};
+    } cases[] = {{0, 4, -1, 1, "empty"},
+                 {3, 94, -1, 1, "96"},
+                 {3, 4, 1, 1, "owner"},
+                 {3, 4, -1, 512, "vocabulary"},
+                 {3, -1, -1, 1, "new"}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         r = good;
         r.n_prompt = cases[i].n_prompt;

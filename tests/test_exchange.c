@@ -36,8 +36,13 @@ static void rows_come_home(void **state)
     for (int mode = COMBINE_EXACT; mode <= COMBINE_FAST; mode++)
         for (int format = ROWS_F32; format <= ROWS_BF16; format++)
             for (int k = 1; k <= 8; k += 7)
-                check_shape_of((exchange_shape){.hidden = 50, .top_k = k, .max_rows = 23, .n_threads = 2,
-                                                .combine = (combine_mode)mode, .rows = (row_format)format}, 30);
+                check_shape_of((exchange_shape){.hidden = 50,
+                                                .top_k = k,
+                                                .max_rows = 23,
+                                                .n_threads = 2,
+                                                .combine = (combine_mode)mode,
+                                                .rows = (row_format)format},
+                               30);
 }
 
 static void more_rows_than_room(void **state)
@@ -92,8 +97,8 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         {"a process started without mpirun is a group of one", one_rank_alone, NULL, NULL, NULL},
-        {"what comes home is the definition, in every mode, format and top-k, and the counts are the routes'", rows_come_home, NULL,
-         NULL, NULL},
+        {"what comes home is the definition, in every mode, format and top-k, and the counts are the routes'", rows_come_home,
+         NULL, NULL, NULL},
         {"more rows than the exchange was made for are refused", more_rows_than_room, NULL, NULL, NULL},
         {"a shape that cannot work is refused by name", impossible_shapes, NULL, NULL, NULL},
     };

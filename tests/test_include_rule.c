@@ -1,5 +1,5 @@
-/* Who may include whom: proto <- placement <- router <- worker, and proto, placement <- cluster. Outside libraries are seen by as few
- * files as can be. Read from the sources themselves, so that the picture in CONTRIBUTING.md stays true. */
+/* Who may include whom: proto <- placement <- router <- worker, and proto, placement <- cluster. Outside libraries are seen by as
+ * few files as can be. Read from the sources themselves, so that the picture in CONTRIBUTING.md stays true. */
 #include "tests/support.h"
 
 #include <ctype.h>
@@ -24,11 +24,7 @@ static const struct {
     const char *prefix, *folder; /* an outside header, and the only folder that may see it */
     int max_files;
 } library_rules[] = {
-    {"mpi.h", "router", 2},
-    {"cjson/", "proto", 1},
-    {"glpk.h", "placement", 1},
-    {"nccl.h", "router", 1},
-    {"grpc/", "cluster", 2},
+    {"mpi.h", "router", 2}, {"cjson/", "proto", 1}, {"glpk.h", "placement", 1}, {"nccl.h", "router", 1}, {"grpc/", "cluster", 2},
 };
 enum { N_LIBRARIES = sizeof library_rules / sizeof library_rules[0] };
 
@@ -122,7 +118,8 @@ static void libraries_stay_in_few_files(void **state)
         scan_folder(folder_rules[i].folder, count_library, seen);
     for (int i = 0; i < N_LIBRARIES; i++)
         if (seen[i] > library_rules[i].max_files)
-            fail_msg("<%s> is included by %d files, at most %d may", library_rules[i].prefix, seen[i], library_rules[i].max_files);
+            fail_msg("<%s> is included by %d files, at most %d may", library_rules[i].prefix, seen[i],
+                     library_rules[i].max_files);
     assert_int_equal(seen[1], 1);
 }
 

@@ -146,7 +146,8 @@ static void check_product(const product_shape *p, uint64_t *seed)
             check_close(p, x, w, got, want);
         } else {
             char what[128];
-            snprintf(what, sizeof what, "format %d, m %d, n %d, k %d, weights shifted by %d", p->format, p->m, p->n, p->k, p->shift);
+            snprintf(what, sizeof what, "format %d, m %d, n %d, k %d, weights shifted by %d", p->format, p->m, p->n, p->k,
+                     p->shift);
             assert_same(got, want, y_size, candidates[c].table->name, what);
         }
         free(got);
@@ -469,9 +470,19 @@ static attention attention_make(uint64_t *seed, int n_heads, int head_dim, int f
     a.n_out = (size_t)n_rows * (stride + 2);
     a.q = gauss(seed, (size_t)n_rows * stride);
     a.out = blank(a.n_out);
-    a.args = (attend_args){.q = a.q, .q_row_stride = stride, .out = a.out, .out_row_stride = stride + 2, .n_rows = n_rows,
-                           .n_heads = n_heads, .head_dim = head_dim, .first_position = first, .window = window,
-                           .scale = 1.0f / sqrtf((float)head_dim), .pool = a.pool, .block_floats = block_floats, .block_ids = a.ids};
+    a.args = (attend_args){.q = a.q,
+                           .q_row_stride = stride,
+                           .out = a.out,
+                           .out_row_stride = stride + 2,
+                           .n_rows = n_rows,
+                           .n_heads = n_heads,
+                           .head_dim = head_dim,
+                           .first_position = first,
+                           .window = window,
+                           .scale = 1.0f / sqrtf((float)head_dim),
+                           .pool = a.pool,
+                           .block_floats = block_floats,
+                           .block_ids = a.ids};
     return a;
 }
 
@@ -500,7 +511,8 @@ static void attention_equals_definition(void **state)
     for (size_t d = 0; d < sizeof dims / sizeof dims[0]; d++)
         for (int round = 0; round < 24; round++) {
             int window = round % 3 == 2 ? 1 + support_below(&seed, 80) : 0;
-            attention a = attention_make(&seed, 1 + round % 9, dims[d], support_below(&seed, 130), 1 + support_below(&seed, round % 2 ? 40 : 4), window);
+            attention a = attention_make(&seed, 1 + round % 9, dims[d], support_below(&seed, 130),
+                                         1 + support_below(&seed, round % 2 ? 40 : 4), window);
             check_attention(&a);
             attention_free(&a);
         }
@@ -607,7 +619,8 @@ int main(void)
         {"norm, swiglu, softmax, log-sum-exp equal the definition bit for bit", rows_equal_definition, NULL, NULL, NULL},
         {"the sum of no probability has logarithm -infinity", empty_probability_is_minus_infinity, NULL, NULL, NULL},
         {"attention is softmax of scores", attention_is_softmax_of_scores, NULL, NULL, NULL},
-        {"attention equals the definition bit for bit, and what is hidden may be NaN", attention_equals_definition, NULL, NULL, NULL},
+        {"attention equals the definition bit for bit, and what is hidden may be NaN", attention_equals_definition, NULL, NULL,
+         NULL},
         {"prefill equals decode bit for bit", prefill_equals_decode, NULL, NULL, NULL},
         {"the choice obeys CONVOKE_ISA and refuses by name", pick_obeys_the_environment, NULL, NULL, NULL},
     };

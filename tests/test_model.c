@@ -1,5 +1,5 @@
-/* test_model.c - one rank against transformers: four families, every instruction set this machine has, and nothing about the batch,
- * the chunks, the threads, the weights' place or the combine mode changes a bit that must not change. */
+/* test_model.c - one rank against transformers: four families, every instruction set this machine has, and nothing about the
+ * batch, the chunks, the threads, the weights' place or the combine mode changes a bit that must not change. */
 #include "tests/support.h"
 #include "tests/support_model.h"
 
@@ -8,10 +8,18 @@
 
 /* The last eight are small models with unusual settings (tests/data/variants/README.md): sliding windows, rope scalings, tied
  * embeddings, dense layers between, biases, fp16 and fp32, sizes that divide by nothing. */
-static const char *const families[] = {"mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "variants/mixtral-window",
-                                       "variants/mixtral-llama3-fp16", "variants/olmoe-clip-linear-fp32",
-                                       "variants/qwen2-window-tied", "variants/qwen2-nobias-dynamic", "variants/qwen3-sparse-bias",
-                                       "variants/qwen3-yarn-tied", "variants/qwen3-one-head"};
+static const char *const families[] = {"mixtral",
+                                       "olmoe",
+                                       "qwen2_moe",
+                                       "qwen3_moe",
+                                       "variants/mixtral-window",
+                                       "variants/mixtral-llama3-fp16",
+                                       "variants/olmoe-clip-linear-fp32",
+                                       "variants/qwen2-window-tied",
+                                       "variants/qwen2-nobias-dynamic",
+                                       "variants/qwen3-sparse-bias",
+                                       "variants/qwen3-yarn-tied",
+                                       "variants/qwen3-one-head"};
 enum { N_FAMILIES = sizeof families / sizeof *families };
 
 static runtime_options plain(void)
@@ -33,8 +41,12 @@ static void agrees_with_transformers(void **state)
                 model_answer a;
                 support_run_reference(support_data(families[f]), &o, 7, &a);
                 double worst = support_compare_reference(support_data(families[f]), &a);
-                print_message("%-32s %-10s %s: logits within %.2g of transformers\n", families[f], kernel_isa_name((kernel_isa)isa),
-                              mode == COMBINE_EXACT ? "exact" : mode == COMBINE_FIXED ? "fixed" : "fast ", worst);
+                print_message("%-32s %-10s %s: logits within %.2g of transformers\n", families[f],
+                              kernel_isa_name((kernel_isa)isa),
+                              mode == COMBINE_EXACT   ? "exact"
+                              : mode == COMBINE_FIXED ? "fixed"
+                                                      : "fast ",
+                              worst);
                 assert_true(worst < 2e-4);
                 support_answer_clear(&a);
             }
@@ -49,7 +61,7 @@ static void run_variants(const char *dir, combine_mode mode, const model_answer 
         int threads, chunk, max_sequences;
         weights_mode weights;
         unsigned which;
-    } variants[] = {{2, 64, 4, WEIGHTS_MAP, 7}, {3, 5, 4, WEIGHTS_MAP, 7}, {1, 1, 1, WEIGHTS_MAP, 7},
+    } variants[] = {{2, 64, 4, WEIGHTS_MAP, 7},  {3, 5, 4, WEIGHTS_MAP, 7},   {1, 1, 1, WEIGHTS_MAP, 7},
                     {2, 33, 2, WEIGHTS_COPY, 6}, {1, 64, 1, WEIGHTS_COPY, 4}, {4, 7, 3, WEIGHTS_MAP, 5}};
     for (size_t v = 0; v < sizeof variants / sizeof *variants; v++) {
         runtime_options o = plain();
@@ -104,7 +116,8 @@ static void bits_do_not_depend_on_the_instruction_set(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        {"logits, experts and greedy tokens are transformers' on every instruction set", agrees_with_transformers, NULL, NULL, NULL},
+        {"logits, experts and greedy tokens are transformers' on every instruction set", agrees_with_transformers, NULL, NULL,
+         NULL},
         {"batch, chunk, threads and place of weights never change a bit", bits_do_not_depend_on_the_batch, NULL, NULL, NULL},
         {"instruction sets agree bit for bit", bits_do_not_depend_on_the_instruction_set, NULL, NULL, NULL},
     };

@@ -1,4 +1,5 @@
-/* config.json: read as transformers reads it, in both spellings; what would change the arithmetic and is not done is refused by name. */
+/* config.json: read as transformers reads it, in both spellings; what would change the arithmetic and is not done is refused by
+ * name. */
 #include "tests/support.h"
 
 #include "worker/model_config.h"
@@ -14,7 +15,8 @@ static status parse(const char *family, const char *keys, model_config *c)
     char text[4096];
     int n = snprintf(text, sizeof text,
                      "{%s \"model_type\": \"%s\", \"hidden_size\": 64, \"num_attention_heads\": 4, \"num_key_value_heads\": 2,"
-                     "\"num_hidden_layers\": 4, \"vocab_size\": 512}", keys, family);
+                     "\"num_hidden_layers\": 4, \"vocab_size\": 512}",
+                     keys, family);
     return model_config_parse("config.json", text, (size_t)n, c);
 }
 
@@ -210,8 +212,10 @@ static void windows(void **state)
     windows_are("qwen2_moe", "\"sliding_window\": 7, \"max_window_layers\": 2,", 0, 0, 0, 0);
     windows_are("qwen2_moe", "\"sliding_window\": 7, \"use_sliding_window\": true,", 7, 0, 7, 0);
     windows_are("qwen2_moe", "\"sliding_window\": 7, \"use_sliding_window\": true, \"max_window_layers\": 2,", 7, 0, 0, 0);
-    windows_are("qwen2_moe", "\"sliding_window\": 7, \"use_sliding_window\": true, \"layer_types\": "
-                "[\"full_attention\", \"sliding_attention\", \"sliding_attention\", \"full_attention\"],", 0, 7, 7, 0);
+    windows_are("qwen2_moe",
+                "\"sliding_window\": 7, \"use_sliding_window\": true, \"layer_types\": "
+                "[\"full_attention\", \"sliding_attention\", \"sliding_attention\", \"full_attention\"],",
+                0, 7, 7, 0);
     windows_are("qwen2_moe", "\"sliding_window\": 0, \"use_sliding_window\": false,", 0, 0, 0, 0);
     refused("olmoe", "\"sliding_window\": 7,", "sliding_window");
     refused("olmoe", "\"use_sliding_window\": true,", "use_sliding_window");
@@ -219,8 +223,10 @@ static void windows(void **state)
     refused("qwen3_moe", "\"use_sliding_window\": true, \"sliding_window\": null,", "sliding_window is null");
     refused("qwen2_moe", "\"layer_types\": [\"sliding_attention\", \"full_attention\", \"full_attention\", \"full_attention\"],",
             "layer_types says sliding_attention for layer 0");
-    refused("qwen3_moe", "\"use_sliding_window\": true, \"layer_types\": [\"full_attention\", \"full_attention\", \"full_attention\", "
-            "\"full_attention\"],", "layer_types says full_attention for layer 0");
+    refused("qwen3_moe",
+            "\"use_sliding_window\": true, \"layer_types\": [\"full_attention\", \"full_attention\", \"full_attention\", "
+            "\"full_attention\"],",
+            "layer_types says full_attention for layer 0");
     refused("qwen2_moe", "\"layer_types\": [\"full_attention\"],", "lists 1 layers");
     refused("qwen2_moe", "\"layer_types\": [\"linear_attention\"],", "layer 0 is neither");
 }
@@ -243,8 +249,9 @@ static void rope_scaling(void **state)
     c = good("mixtral", "\"rope_scaling\": {\"rope_type\": \"dynamic\", \"factor\": 4}, \"max_position_embeddings\": 1000,");
     assert_int_equal(c.max_positions, 1000);
     model_config_clear(&c);
-    c = good("mixtral", "\"rope_scaling\": {\"rope_type\": \"llama3\", \"factor\": 8, \"low_freq_factor\": 1, \"high_freq_factor\": 4,"
-                        "\"original_max_position_embeddings\": 8192}, \"max_position_embeddings\": 131072,");
+    c = good("mixtral",
+             "\"rope_scaling\": {\"rope_type\": \"llama3\", \"factor\": 8, \"low_freq_factor\": 1, \"high_freq_factor\": 4,"
+             "\"original_max_position_embeddings\": 8192}, \"max_position_embeddings\": 131072,");
     assert_int_equal(c.max_positions, 131072);
     assert_true(c.rope.original_positions == 8192);
     model_config_clear(&c);
@@ -265,9 +272,11 @@ static void rope_refusals(void **state)
     refused("qwen3_moe", "\"rope_scaling\": {\"type\": \"linear\", \"factor\": 1e6},", "positions");
     refused("qwen3_moe", "\"rope_scaling\": {\"type\": \"yarn\"},", "factor is missing");
     refused("qwen3_moe", "\"rope_scaling\": {\"type\": \"llama3\", \"factor\": 2},", "low_freq_factor is missing");
-    refused("qwen3_moe", "\"rope_scaling\": {\"type\": \"llama3\", \"factor\": 2, \"low_freq_factor\": 4, \"high_freq_factor\": 4},",
+    refused("qwen3_moe",
+            "\"rope_scaling\": {\"type\": \"llama3\", \"factor\": 2, \"low_freq_factor\": 4, \"high_freq_factor\": 4},",
             "not above");
-    refused("qwen3_moe", "\"rope_scaling\": {\"type\": \"yarn\", \"factor\": 2, \"beta_fast\": 1, \"beta_slow\": 2},", "below beta_slow");
+    refused("qwen3_moe", "\"rope_scaling\": {\"type\": \"yarn\", \"factor\": 2, \"beta_fast\": 1, \"beta_slow\": 2},",
+            "below beta_slow");
     refused("qwen3_moe", "\"rope_scaling\": {\"type\": 3},", "type is not a string");
     refused("qwen3_moe", "\"rope_scaling\": 3,", "rope_scaling is not an object");
     refused("qwen3_moe", "\"partial_rotary_factor\": 0.5,", "partial_rotary_factor");
@@ -313,8 +322,9 @@ static void refusals(void **state)
 static void neutral_keys(void **state)
 {
     (void)state;
-    model_config c = good("mixtral", "\"attention_bias\": false, \"clip_qkv\": null, \"routed_scaling_factor\": 1.0, \"mlp_only_layers\": [],"
-                                     "\"attention_dropout\": 0.1, \"torch_dtype\": \"float16\", \"hidden_act\": \"silu\", \"auto_map\": {},");
+    model_config c =
+        good("mixtral", "\"attention_bias\": false, \"clip_qkv\": null, \"routed_scaling_factor\": 1.0, \"mlp_only_layers\": [],"
+                        "\"attention_dropout\": 0.1, \"torch_dtype\": \"float16\", \"hidden_act\": \"silu\", \"auto_map\": {},");
     model_config_clear(&c);
 }
 
@@ -360,9 +370,10 @@ static void eos(void **state)
 static void damaged_text(void **state)
 {
     (void)state;
-    static const char text[] = "{\"model_type\":\"qwen2_moe\",\"num_hidden_layers\":4,\"mlp_only_layers\":[1,2],\"layer_types\":[\"full_attention\","
-                               "\"full_attention\",\"full_attention\",\"full_attention\"],\"rope_scaling\":{\"rope_type\":\"yarn\",\"factor\":2},"
-                               "\"eos_token_id\":[1,2],\"vocab_size\":512}";
+    static const char text[] =
+        "{\"model_type\":\"qwen2_moe\",\"num_hidden_layers\":4,\"mlp_only_layers\":[1,2],\"layer_types\":[\"full_attention\","
+        "\"full_attention\",\"full_attention\",\"full_attention\"],\"rope_scaling\":{\"rope_type\":\"yarn\",\"factor\":2},"
+        "\"eos_token_id\":[1,2],\"vocab_size\":512}";
     uint64_t seed = 3;
     for (size_t n = 0; n < sizeof text - 1; n++) {
         model_config c = {0};

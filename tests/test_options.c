@@ -13,15 +13,22 @@ static struct {
 } o;
 
 static const option_entry entries[] = {
-    {"model", OPTION_STRING, &o.model, .argument = "DIR", .environment = "TEST_MODEL", .required = true, .help = "checkpoint folder"},
-    {"batch", OPTION_INT, &o.batch, .letter = 'b', .fallback = "32", .environment = "TEST_BATCH", .min = 1, .max = 100, .help = "sequences at once"},
+    {"model", OPTION_STRING, &o.model, .argument = "DIR", .environment = "TEST_MODEL", .required = true,
+     .help = "checkpoint folder"},
+    {"batch", OPTION_INT, &o.batch, .letter = 'b', .fallback = "32", .environment = "TEST_BATCH", .min = 1, .max = 100,
+     .help = "sequences at once"},
     {"kv-bytes", OPTION_SIZE, &o.bytes, .fallback = "1G", .help = "memory for keys and values"},
     {"rate", OPTION_DOUBLE, &o.rate, .fallback = "0.5", .min = 0, .max = 1, .help = "a rate"},
     {"json", OPTION_FLAG, &o.json, .environment = "TEST_JSON", .fallback = "0", .help = "one object"},
     {"combine", OPTION_CHOICE, &o.combine, .choices = "exact|fixed|fast", .fallback = "fixed", .help = "how results are added"},
 };
-static const option_table table = {.name = "prog", .summary = "does things", .version = "1.2", .entries = entries,
-                                   .n_entries = sizeof entries / sizeof entries[0], .operand_name = "FILE", .max_operands = 2};
+static const option_table table = {.name = "prog",
+                                   .summary = "does things",
+                                   .version = "1.2",
+                                   .entries = entries,
+                                   .n_entries = sizeof entries / sizeof entries[0],
+                                   .operand_name = "FILE",
+                                   .max_operands = 2};
 
 static const char *operands[2];
 static int n_operands;

@@ -109,8 +109,12 @@ static void philox_known_answers(void **state)
         philox_block expected;
     } known[] = {
         {{{0, 0, 0, 0}}, {0, 0}, {{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}}},
-        {{{0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff}}, {0xffffffff, 0xffffffff}, {{0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}}},
-        {{{0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}}, {0xa4093822, 0x299f31d0}, {{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}}},
+        {{{0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff}},
+         {0xffffffff, 0xffffffff},
+         {{0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}}},
+        {{{0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}},
+         {0xa4093822, 0x299f31d0},
+         {{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}}},
     };
     for (size_t i = 0; i < sizeof known / sizeof known[0]; i++) {
         philox_block b = philox4x32(known[i].counter, (uint64_t)known[i].key[1] << 32 | known[i].key[0]);
@@ -167,8 +171,10 @@ static sampling_params random_params(uint64_t *seed)
     static const int counts[] = {0, 0, 1, 2, 5, 20, 50, 300, 5000};
     static const float floors[] = {0, 0, 0, 0.01f, 0.1f, 0.5f};
     return (sampling_params){.temperature = temperatures[support_below(seed, 5)],
-                             .top_p = masses[support_below(seed, 8)], .top_k = counts[support_below(seed, 9)],
-                             .min_p = floors[support_below(seed, 6)], .seed = support_random(seed),
+                             .top_p = masses[support_below(seed, 8)],
+                             .top_k = counts[support_below(seed, 9)],
+                             .min_p = floors[support_below(seed, 6)],
+                             .seed = support_random(seed),
                              .sequence = (uint32_t)support_below(seed, 4)};
 }
 
@@ -492,7 +498,8 @@ static void bad_params_are_named(void **state)
         {{.temperature = 1, .biases = heavy, .n_biases = 1}, "logit_bias:"},
         {{.temperature = 1, .allowed = far, .n_allowed = 1}, "allowed_token_ids:"},
         {{.temperature = 1, .allowed = far, .n_allowed = 0}, "allowed_token_ids:"},
-        {{.temperature = 1, .allowed = stop, .n_allowed = 2, .stop_ids = stop, .n_stop_ids = 2, .min_tokens = 1}, "allowed_token_ids:"},
+        {{.temperature = 1, .allowed = stop, .n_allowed = 2, .stop_ids = stop, .n_stop_ids = 2, .min_tokens = 1},
+         "allowed_token_ids:"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         assert_int_equal(sampling_params_check(&cases[i].p, 100), STATUS_BAD_INPUT);

@@ -1,5 +1,5 @@
-/* test_score.c - convoke-score under mpirun, end to end: what it writes is transformers' answer, and no number of ranks, plan, node
- * border, replica or combine mode that promises not to changes a bit of it. */
+/* test_score.c - convoke-score under mpirun, end to end: what it writes is transformers' answer, and no number of ranks, plan,
+ * node border, replica or combine mode that promises not to changes a bit of it. */
 #include "tests/support.h"
 #include "tests/support_plan.h"
 
@@ -30,7 +30,8 @@ static int run_score(int ranks, const char *arguments)
     char command[20000], runner[4096];
     snprintf(runner, sizeof runner, "%s", support_source("tests/run_mpi.sh"));
     if (ranks == 0)
-        snprintf(command, sizeof command, "%s %s > %s 2> %s", support_binary("convoke-score"), arguments, in_scratch("stdout"), in_scratch("stderr"));
+        snprintf(command, sizeof command, "%s %s > %s 2> %s", support_binary("convoke-score"), arguments, in_scratch("stdout"),
+                 in_scratch("stderr"));
     else
         snprintf(command, sizeof command, "%s %d %s %s > %s 2> %s", runner, ranks, support_binary("convoke-score"), arguments,
                  in_scratch("stdout"), in_scratch("stderr"));
@@ -160,7 +161,8 @@ static void score_family(int ranks, const char *family, const char *more, const 
 {
     char arguments[16384], dir[4096];
     snprintf(dir, sizeof dir, "%s", support_data(family));
-    snprintf(arguments, sizeof arguments, "--model %s --input %s --greedy 24 --threads 1 --logits %s %s", dir, in_scratch("lines.jsonl"), out, more);
+    snprintf(arguments, sizeof arguments, "--model %s --input %s --greedy 24 --threads 1 --logits %s %s", dir,
+             in_scratch("lines.jsonl"), out, more);
     score_or_fail(ranks, arguments);
 }
 
@@ -179,7 +181,8 @@ static void check_family(const char *family)
             for (int kind = 0; kind < 4; kind++) {
                 write_plan(family, ranks, kind, (uint64_t)(ranks * 10 + kind), in_scratch("plan.json"));
                 snprintf(more, sizeof more, "--combine %s --plan %s --replicas %s --chunk %d --ranks-per-node %d", combines[c],
-                         in_scratch("plan.json"), kind == 3 ? "round-robin" : "owner-first", kind == 1 ? 3 : 64, kind == 2 ? 2 : 0);
+                         in_scratch("plan.json"), kind == 3 ? "round-robin" : "owner-first", kind == 1 ? 3 : 64,
+                         kind == 2 ? 2 : 0);
                 score_family(ranks, family, more, in_scratch("many"));
                 assert_same_file(in_scratch("alone"), in_scratch("many"));
             }
@@ -319,7 +322,8 @@ static void bundled_model_scores_as_transformers(void **state)
     print_message("%d texts: mean nll within %.2g of transformers\n", n, worst);
     assert_true(n == 37 && worst < 2e-5); /* five digits are written there */
     write_beginnings();
-    snprintf(arguments, sizeof arguments, "--model %s --input %s --threads 1 --greedy 32 --json", model, in_scratch("short.jsonl"));
+    snprintf(arguments, sizeof arguments, "--model %s --input %s --threads 1 --greedy 32 --json", model,
+             in_scratch("short.jsonl"));
     score_or_fail(2, arguments);
     scored = read_text("stdout");
     rewind(expected);
@@ -350,7 +354,8 @@ static void traces_and_statistics_agree(void **state)
     routing_trace *trace = NULL;
     routing_stats *stats = NULL, *counted = NULL;
     if (routing_trace_open(trace_path, &trace) != STATUS_OK || routing_stats_read(stats_path, &stats) != STATUS_OK ||
-        routing_stats_create(routing_trace_shape(trace), true, &counted) != STATUS_OK || routing_stats_add_trace(counted, trace) != STATUS_OK)
+        routing_stats_create(routing_trace_shape(trace), true, &counted) != STATUS_OK ||
+        routing_stats_add_trace(counted, trace) != STATUS_OK)
         fail_msg("%s", status_message());
     assert_int_equal(routing_trace_n_tokens(trace), 1 + 7 + 40 + 3 * 23); /* the last greedy token is never run */
     size_t n = (size_t)routing_stats_slot_bytes(stats);
@@ -358,8 +363,8 @@ static void traces_and_statistics_agree(void **state)
         for (int phase = 0; phase < N_PHASES; phase++) {
             assert_int_equal(routing_stats_tokens(stats, d, phase), routing_stats_tokens(counted, d, phase));
             assert_int_equal(n, routing_stats_slot_bytes(counted));
-            assert_memory_equal(routing_stats_next_layer_pairs(stats, d, phase), routing_stats_next_layer_pairs(counted, d, phase),
-                                2 * 16 * 16 * sizeof(uint64_t));
+            assert_memory_equal(routing_stats_next_layer_pairs(stats, d, phase),
+                                routing_stats_next_layer_pairs(counted, d, phase), 2 * 16 * 16 * sizeof(uint64_t));
         }
     safetensors *logits = open_tensors(in_scratch("many"));
     const int32_t *want = safetensors_find(logits, "experts_2")->data;
@@ -413,7 +418,8 @@ int main(void)
         {"qwen3_moe: 1 to 4 ranks, every plan, exact and fixed: the same bits", qwen3_is_the_same, NULL, NULL, NULL},
         {"rows in bf16 lose the same for every grouping", bf16_rows_are_grouped_alike, NULL, NULL, NULL},
         {"mistakes get one sentence and the right exit code", mistakes_get_a_sentence, NULL, NULL, NULL},
-        {"the bundled model scores and continues its texts as transformers does", bundled_model_scores_as_transformers, NULL, NULL, NULL},
+        {"the bundled model scores and continues its texts as transformers does", bundled_model_scores_as_transformers, NULL,
+         NULL, NULL},
         {"trace, statistics and choices tell the same", traces_and_statistics_agree, NULL, NULL, NULL},
         {"--json prints one object with the promised keys", json_has_the_promised_keys, NULL, NULL, NULL},
     };

@@ -18,7 +18,9 @@ static void reads_all_fields(void **state)
     assert_int_equal(parse("{\"token_ids\": [1, 2, 99], \"domain\": \"math\", \"id\": \"a\"}\n"
                            "{\"token_ids\": [0], \"other\": {\"x\": [1]}, \"text\": \"passed over\"}\n"
                            "{\"id\": null, \"domain\": \"novel\", \"token_ids\": [5, 5]}\r\n"
-                           "{\"token_ids\":[7],\"domain\":\"math\"}", &t), STATUS_OK);
+                           "{\"token_ids\":[7],\"domain\":\"math\"}",
+                           &t),
+                     STATUS_OK);
     assert_int_equal(t.n_lines, 4);
     const int first[3] = {1, 2, 99};
     assert_int_equal(t.lines[0].n_ids, 3);
@@ -121,9 +123,9 @@ static void file_equals_memory(void **state)
     const char *folder = support_scratch();
     char path[4200];
     snprintf(path, sizeof path, "%s/a.jsonl", folder);
-    static const char *const texts[] = {
-        "{\"token_ids\": [1]}\n{\"token_ids\": [2]}\n", "{\"token_ids\": [1]}\n{\"token_ids\": [2]}",
-        "{\"token_ids\": [1]}\n{\"token_ids\": 2}", "", "\n"};
+    static const char *const texts[] = {"{\"token_ids\": [1]}\n{\"token_ids\": [2]}\n",
+                                        "{\"token_ids\": [1]}\n{\"token_ids\": [2]}", "{\"token_ids\": [1]}\n{\"token_ids\": 2}",
+                                        "", "\n"};
     for (size_t i = 0; i < sizeof texts / sizeof texts[0]; i++) {
         FILE *file = fopen(path, "wb");
         assert_non_null(file);

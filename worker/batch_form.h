@@ -12,7 +12,8 @@ typedef struct {
     uint64_t arrival; /* lower is older */
 } batch_candidate;
 
-/* rows[i]: how many pending tokens of candidate i run now. order: scratch [n]. Returns the number of rows, at most n + prefill_budget. */
+/* rows[i]: how many pending tokens of candidate i run now. order: scratch [n]. Returns the number of rows, at most n +
+ * prefill_budget. */
 int batch_form(const batch_candidate *candidates, int n, int prefill_budget, int *order, int *rows);
 
 #endif

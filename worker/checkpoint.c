@@ -86,7 +86,8 @@ static status check_shape(const char *path, const tensor_view *view, int n_dims,
     char found[192], expected[64];
     print_shape(found, sizeof found, view->shape, view->n_dims);
     print_shape(expected, sizeof expected, shape, n_dims);
-    return status_fail(STATUS_BAD_INPUT, "%s: tensor %.200s has shape %s, config.json makes it %s", path, view->name, found, expected);
+    return status_fail(STATUS_BAD_INPUT, "%s: tensor %.200s has shape %s, config.json makes it %s", path, view->name, found,
+                       expected);
 }
 
 static status check_format(const char *path, const tensor_view *view, weight_format *format)
@@ -115,7 +116,8 @@ static status report_missing(checkpoint *ck, const char *name)
     if (experts) {
         snprintf(fused, sizeof fused, "%.*s.experts.gate_up_proj", (int)(experts - name), name);
         if (checkpoint_find(ck, fused, &view) >= 0)
-            return status_fail(STATUS_UNSUPPORTED, "%s: tensor %s holds all experts in one, which is not supported", ck->dir, fused);
+            return status_fail(STATUS_UNSUPPORTED, "%s: tensor %s holds all experts in one, which is not supported", ck->dir,
+                               fused);
     }
     return status_fail(STATUS_BAD_INPUT, "%s: tensor %s is missing", ck->dir, name);
 }
@@ -156,8 +158,9 @@ static status refuse_infinite(const checkpoint *ck, const char *name, const floa
 {
     for (size_t i = 0; i < n; i++)
         if (!isfinite(values[i]))
-            return status_fail(STATUS_BAD_INPUT, "%s: tensor %s holds %s at %zu", safetensors_path(ck->shards[ck->last_shard].file),
-                               name, isnan(values[i]) ? "NaN" : "an infinity", first + i);
+            return status_fail(STATUS_BAD_INPUT, "%s: tensor %s holds %s at %zu",
+                               safetensors_path(ck->shards[ck->last_shard].file), name, isnan(values[i]) ? "NaN" : "an infinity",
+                               first + i);
     return STATUS_OK;
 }
 
@@ -316,8 +319,8 @@ static bool same_bytes(const tensor_view *a, const tensor_view *b)
     return !memcmp(a->data, b->data, a->n_bytes);
 }
 
-/* Tied embeddings as transformers 5 ties them: a stored head that differs from the embedding is used as it is; where only one of the two
- * is stored it serves as both. */
+/* Tied embeddings as transformers 5 ties them: a stored head that differs from the embedding is used as it is; where only one of
+ * the two is stored it serves as both. */
 static status bind_embeddings(checkpoint *ck)
 {
     static const char *const embedding_name = "model.embed_tokens.weight", *const head_name = "lm_head.weight";
@@ -388,7 +391,8 @@ static status refuse_leftovers(const checkpoint *ck)
         for (int i = 0; i < safetensors_count(file); i++) {
             const char *name = safetensors_at(file, i)->name;
             if (ck->shards[s].use[i] == TENSOR_UNKNOWN && is_telling(name, ck->config->n_layers))
-                return status_fail(STATUS_UNSUPPORTED, "%s: tensor %.200s would not be used: config.json describes a %s model without it",
+                return status_fail(STATUS_UNSUPPORTED,
+                                   "%s: tensor %.200s would not be used: config.json describes a %s model without it",
                                    safetensors_path(file), name, ck->config->family->model_type);
         }
     }

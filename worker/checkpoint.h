@@ -2,8 +2,8 @@
  *
  * All headers are read and every tensor the model needs is checked (present, shape, dtype) on every rank; of the experts only
  * the ones a rank owns are ever touched. `map`: weights are used where the file is mapped, shared by all ranks of a node through
- * the page cache. `copy`: a rank's own share is copied into anonymous memory (first touched by the rank that uses it, so NUMA-local;
- * madvise for huge pages). */
+ * the page cache. `copy`: a rank's own share is copied into anonymous memory (first touched by the rank that uses it, so
+ * NUMA-local; madvise for huge pages). */
 #ifndef CONVOKE_WORKER_CHECKPOINT_H
 #define CONVOKE_WORKER_CHECKPOINT_H
 
@@ -22,15 +22,15 @@ typedef struct {
 } mlp_weights;
 
 typedef struct {
-    float *attn_norm, *mlp_norm;           /* [hidden] fp32 copies (small) */
-    float *q_norm, *k_norm;                /* [head_dim] or whole width; NULL: none */
+    float *attn_norm, *mlp_norm; /* [hidden] fp32 copies (small) */
+    float *q_norm, *k_norm;      /* [head_dim] or whole width; NULL: none */
     weight_matrix q, k, v, o;
     float *q_bias, *k_bias, *v_bias, *o_bias; /* fp32 copies; NULL: none */
-    weight_matrix router;                  /* [n_experts][hidden]; MoE layers */
-    mlp_weights *experts;                  /* [n_experts]; data NULL where this rank does not hold the expert */
-    mlp_weights dense;                     /* dense layers */
-    mlp_weights shared;                    /* the shared expert */
-    weight_matrix shared_scale;            /* [1][hidden] */
+    weight_matrix router;                     /* [n_experts][hidden]; MoE layers */
+    mlp_weights *experts;                     /* [n_experts]; data NULL where this rank does not hold the expert */
+    mlp_weights dense;                        /* dense layers */
+    mlp_weights shared;                       /* the shared expert */
+    weight_matrix shared_scale;               /* [1][hidden] */
 } layer_weights;
 
 typedef struct {
@@ -53,8 +53,8 @@ status checkpoint_open(const char *dir, const model_config *config, checkpoint *
 void checkpoint_close(checkpoint *file); /* NULL is fine */
 
 /* `holds[layer * n_experts + e]`: whether this rank holds the expert; NULL: all. Layers count from the model's first, dense ones
- * included. Checks all tensors, refuses NaN or infinity in gates, norms and biases, and tensors left over that speak of arithmetic the
- * config does not (a bias, a norm). Once per open checkpoint. *out stays valid until checkpoint_close(). */
+ * included. Checks all tensors, refuses NaN or infinity in gates, norms and biases, and tensors left over that speak of
+ * arithmetic the config does not (a bias, a norm). Once per open checkpoint. *out stays valid until checkpoint_close(). */
 status checkpoint_bind(checkpoint *file, const unsigned char *holds, weights_mode mode, const model_weights **out);
 
 /* Bytes of weights in this process's memory right now: touched pages of the mapping, or the copies. */

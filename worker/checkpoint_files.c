@@ -122,7 +122,8 @@ static status open_sharded(checkpoint *ck, const char *path)
     index_entry *entries = NULL;
     int n = 0;
     const cJSON *map = cJSON_IsObject(json) ? json_find(json, "weight_map") : NULL;
-    status st = cJSON_IsObject(map) ? STATUS_OK : status_fail(STATUS_BAD_INPUT, "%s: weight_map is missing or not an object", path);
+    status st =
+        cJSON_IsObject(map) ? STATUS_OK : status_fail(STATUS_BAD_INPUT, "%s: weight_map is missing or not an object", path);
     if (st == STATUS_OK)
         st = read_index_entries(map, path, &entries, &n);
     if (st == STATUS_OK)

@@ -2,8 +2,8 @@
  *
  * Mapped weights: Linux answers a page fault with the 16 pages around it (when the page cache has them), and reads up to
  * megabytes ahead from disk. Left alone, a rank would so take in the edges of its neighbours' experts, which for small experts is
- * most of them. A fault never maps beyond its memory area, though, and advice splits areas; so all is RANDOM (nothing is read ahead) but
- * the stretches that this rank needs, each of which becomes an area of its own:
+ * most of them. A fault never maps beyond its memory area, though, and advice splits areas; so all is RANDOM (nothing is read
+ * ahead) but the stretches that this rank needs, each of which becomes an area of its own:
  *
  *     file   | header | shared tensors | expert 0 | expert 1 | expert 2 | ...        this rank holds expert 1
  *     advice | RANDOM | WILLNEED       | RANDOM   | WILLNEED | RANDOM   |
@@ -19,7 +19,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#define MAX_AREAS 8192 /* a process may have 65,530 memory areas in all */
+#define MAX_AREAS  8192 /* a process may have 65,530 memory areas in all */
 #define COPY_ALIGN 64
 
 void checkpoint_advise(const void *from, size_t n, int advice)
@@ -138,9 +138,9 @@ static status for_each_matrix(checkpoint *ck, matrix_fn fn)
     TRY(fn(ck, &w->embedding));
     for (int l = 0; l < ck->config->n_layers; l++) {
         layer_weights *y = &w->layers[l];
-        weight_matrix *const list[] = {&y->q,           &y->k,          &y->v,           &y->o,         &y->router,   &y->dense.gate,
-                                       &y->dense.up,    &y->dense.down, &y->shared.gate, &y->shared.up, &y->shared.down,
-                                       &y->shared_scale};
+        weight_matrix *const list[] = {&y->q,           &y->k,          &y->v,           &y->o,
+                                       &y->router,      &y->dense.gate, &y->dense.up,    &y->dense.down,
+                                       &y->shared.gate, &y->shared.up,  &y->shared.down, &y->shared_scale};
         TRY(each_of(ck, list, sizeof list / sizeof *list, fn));
         for (int e = 0; y->experts && e < ck->config->n_experts; e++) {
             weight_matrix *const parts[] = {&y->experts[e].gate, &y->experts[e].up, &y->experts[e].down};

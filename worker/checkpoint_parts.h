@@ -37,8 +37,8 @@ int checkpoint_find(checkpoint *ck, const char *name, const tensor_view **view);
 
 /* ---- checkpoint_memory.c ---- */
 
-/* madvise() on the whole pages around a range, and on all of the files. Advice only: where the system takes none of it, everything
- * works, with more memory or more reading. */
+/* madvise() on the whole pages around a range, and on all of the files. Advice only: where the system takes none of it,
+ * everything works, with more memory or more reading. */
 void checkpoint_advise(const void *from, size_t n, int advice);
 void checkpoint_advise_all(const checkpoint *ck, int advice);
 /* When all is bound: keeps the mapping to this rank's tensors. */

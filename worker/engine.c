@@ -1,5 +1,6 @@
-/* engine.c - the step loop. Bookkeeping of the leader (queue, places, KV promises) is kept apart from what every rank does (its own
- * sequences, its batch, its report); rank 0 does both. Places and buffers are made at the start; a step only moves between them. */
+/* engine.c - the step loop. Bookkeeping of the leader (queue, places, KV promises) is kept apart from what every rank does (its
+ * own sequences, its batch, its report); rank 0 does both. Places and buffers are made at the start; a step only moves between
+ * them. */
 #include "worker/engine.h"
 
 #include "proto/clock.h"
@@ -66,18 +67,18 @@ struct engine {
     batch_span *spans;    /* [n_places] */
     int *span_place;
     wire_event_place *span_event;
-    logit_job *jobs;      /* [max_rows] */
+    logit_job *jobs; /* [max_rows] */
     int *job_rows;
     int n_spans, n_jobs, first_job, end_job;
     const float *logits;
-    sampler **samplers;   /* [threads] */
+    sampler **samplers;    /* [threads] */
     uint16_t *row_choices; /* [moe layers][top_k] */
     bytes_writer report;
     bool stopping;
     /* the leader */
     queued *queue, **queue_end;
     uint64_t n_arrivals;
-    live_request *live;   /* [max_sequences] */
+    live_request *live; /* [max_sequences] */
     int n_live;
     int *used_places, *free_blocks; /* [n_ranks] */
     uint64_t *cancels;
@@ -124,9 +125,9 @@ static status create_arrays(engine *e)
     e->free_blocks = calloc(ranks, sizeof *e->free_blocks);
     e->parts_in = calloc(ranks, sizeof *e->parts_in);
     e->sizes_in = calloc(ranks, sizeof *e->sizes_in);
-    if (!e->places || !e->candidates || !e->order || !e->rows_of || !e->row_tokens || !e->spans || !e->span_place || !e->span_event ||
-        !e->jobs || !e->job_rows || !e->samplers || !e->row_choices || !e->live || !e->used_places || !e->free_blocks ||
-        !e->parts_in || !e->sizes_in)
+    if (!e->places || !e->candidates || !e->order || !e->rows_of || !e->row_tokens || !e->spans || !e->span_place ||
+        !e->span_event || !e->jobs || !e->job_rows || !e->samplers || !e->row_choices || !e->live || !e->used_places ||
+        !e->free_blocks || !e->parts_in || !e->sizes_in)
         return status_fail(STATUS_NO_MEMORY, "no memory for the step loop's tables");
     for (size_t t = 0; t < threads; t++)
         TRY(sampler_create(e->parts.config->vocab, &e->samplers[t]));
@@ -136,8 +137,12 @@ static status create_arrays(engine *e)
 static status create_routing(engine *e)
 {
     const model_config *c = e->parts.config;
-    routing_shape shape = {.model = c->name, .n_experts = c->n_experts, .top_k = c->top_k, .n_layers = c->n_moe_layers,
-                           .layer_numbers = e->parts.plan->layer_numbers, .n_domains = e->limits.n_domains,
+    routing_shape shape = {.model = c->name,
+                           .n_experts = c->n_experts,
+                           .top_k = c->top_k,
+                           .n_layers = c->n_moe_layers,
+                           .layer_numbers = e->parts.plan->layer_numbers,
+                           .n_domains = e->limits.n_domains,
                            .domains = e->limits.domains};
     return routing_stats_create(&shape, true, &e->routing);
 }
@@ -207,9 +212,9 @@ void engine_destroy(engine *e)
     }
     bytes_clear(&e->report);
     bytes_clear(&e->message);
-    void *all[] = {e->places, e->candidates, e->order, e->rows_of, e->row_tokens, e->spans, e->span_place, e->span_event, e->jobs,
-                   e->job_rows, e->samplers, e->row_choices, e->live, e->used_places, e->free_blocks, e->parts_in,
-                   e->sizes_in, e->cancels};
+    void *all[] = {e->places,     e->candidates,  e->order,       e->rows_of,  e->row_tokens, e->spans,
+                   e->span_place, e->span_event,  e->jobs,        e->job_rows, e->samplers,   e->row_choices,
+                   e->live,       e->used_places, e->free_blocks, e->parts_in, e->sizes_in,   e->cancels};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         free(all[i]);
     free(e);
@@ -254,19 +259,21 @@ static status check_request(const engine *e, const engine_request *r)
     if (r->n_prompt < 1)
         return status_fail(STATUS_BAD_INPUT, "the prompt is empty");
     if (r->max_new < 0 || r->n_prior < 0 || r->n_prior > r->n_prompt)
-        return status_fail(STATUS_BAD_INPUT, "%d new tokens and %d earlier ones of %d make no request", r->max_new, r->n_prior, r->n_prompt);
+        return status_fail(STATUS_BAD_INPUT, "%d new tokens and %d earlier ones of %d make no request", r->max_new, r->n_prior,
+                           r->n_prompt);
     if (r->n_prompt > e->limits.max_length || r->max_new > e->limits.max_length - r->n_prompt)
         return status_fail(STATUS_BAD_INPUT, "%d prompt tokens and %d new ones are more than the %d a sequence may have here",
                            r->n_prompt, r->max_new, e->limits.max_length);
     for (int i = 0; i < r->n_prompt; i++)
         if (r->prompt[i] < 0 || r->prompt[i] >= c->vocab)
-            return status_fail(STATUS_BAD_INPUT, "token %d of the prompt is %d, outside the vocabulary of %d", i, r->prompt[i], c->vocab);
+            return status_fail(STATUS_BAD_INPUT, "token %d of the prompt is %d, outside the vocabulary of %d", i, r->prompt[i],
+                               c->vocab);
     if (r->owner >= e->n_ranks)
         return status_fail(STATUS_BAD_INPUT, "owner %d, but there are only %d ranks", r->owner, e->n_ranks);
     int blocks = kv_blocks_of(request_length(r), KV_BLOCK);
     if (blocks > kv_cache_n_blocks(e->kv))
-        return status_fail(STATUS_NO_MEMORY, "%d tokens need %d KV blocks, the budget of %zu bytes holds %d", request_length(r), blocks,
-                           e->limits.kv_bytes, kv_cache_n_blocks(e->kv));
+        return status_fail(STATUS_NO_MEMORY, "%d tokens need %d KV blocks, the budget of %zu bytes holds %d", request_length(r),
+                           blocks, e->limits.kv_bytes, kv_cache_n_blocks(e->kv));
     if (r->domain < 0 || r->domain >= e->limits.n_domains)
         return status_fail(STATUS_BAD_INPUT, "domain %d, but there are only %d", r->domain, e->limits.n_domains);
     return sampling_params_check(&r->sampling, c->vocab);
@@ -355,7 +362,8 @@ static int choose_owner(const engine *e, const queued *q)
     for (int r = 0; r < e->n_ranks; r++) {
         if (q->request.owner >= 0 && q->request.owner != r)
             continue;
-        if (e->used_places[r] < e->n_places && e->free_blocks[r] >= q->n_blocks && (best < 0 || e->used_places[r] < e->used_places[best]))
+        if (e->used_places[r] < e->n_places && e->free_blocks[r] >= q->n_blocks &&
+            (best < 0 || e->used_places[r] < e->used_places[best]))
             best = r;
     }
     return best;
@@ -542,8 +550,8 @@ static void form_batch(engine *e, batch *b, wire_report *counts)
 {
     for (int i = 0; i < e->n_places; i++) {
         const sequence *s = &e->places[i];
-        e->candidates[i] = (batch_candidate){.n_pending = s->active ? s->n_tokens - s->n_done : 0,
-                                             .is_decoding = s->n_done >= s->n_prompt, .arrival = s->arrival};
+        e->candidates[i] = (batch_candidate){
+            .n_pending = s->active ? s->n_tokens - s->n_done : 0, .is_decoding = s->n_done >= s->n_prompt, .arrival = s->arrival};
     }
     batch_form(e->candidates, e->n_places, e->limits.chunk, e->order, e->rows_of);
     int n = 0;
@@ -553,7 +561,8 @@ static void form_batch(engine *e, batch *b, wire_report *counts)
         if (e->rows_of[i] == 0)
             continue;
         e->span_place[e->n_spans] = i;
-        e->spans[e->n_spans++] = (batch_span){.first_row = n, .n_rows = e->rows_of[i], .first_position = s->n_done, .block_ids = s->blocks};
+        e->spans[e->n_spans++] =
+            (batch_span){.first_row = n, .n_rows = e->rows_of[i], .first_position = s->n_done, .block_ids = s->blocks};
         memcpy(e->row_tokens + n, s->tokens + s->n_done, (size_t)e->rows_of[i] * sizeof *s->tokens);
         n += e->rows_of[i];
         *(e->candidates[i].is_decoding ? &counts->n_decode_rows : &counts->n_prefill_rows) += (uint32_t)e->rows_of[i];
@@ -570,7 +579,9 @@ static void list_jobs(engine *e)
         for (int r = 0; r < span->n_rows; r++) {
             int position = span->first_position + r;
             bool given_next = position + 1 < s->n_prompt;
-            logit_job job = {.row = span->first_row + r, .span = i, .place = e->span_place[i],
+            logit_job job = {.row = span->first_row + r,
+                             .span = i,
+                             .place = e->span_place[i],
                              .score_token = s->want & ENGINE_WANT_SCORE && given_next ? s->tokens[position + 1] : -1,
                              .sample = position + 1 == s->n_tokens && s->n_new < s->max_new};
             if (job.score_token >= 0 || job.sample || (s->want & ENGINE_WANT_LOGITS && position < s->n_prompt))
@@ -632,9 +643,13 @@ static void open_row_events(engine *e)
         e->span_event[i] = (wire_event_place){.event = SIZE_MAX};
         if (!logits && !choices && !(s->want & ENGINE_WANT_SCORE && !decode))
             continue;
-        wire_event w = {.event = {.id = s->id, .kind = ENGINE_EVENT_ROWS, .first_position = span->first_position,
-                                  .n_rows = span->n_rows, .decode = decode},
-                        .has_choices = choices, .has_logits = logits};
+        wire_event w = {.event = {.id = s->id,
+                                  .kind = ENGINE_EVENT_ROWS,
+                                  .first_position = span->first_position,
+                                  .n_rows = span->n_rows,
+                                  .decode = decode},
+                        .has_choices = choices,
+                        .has_logits = logits};
         e->span_event[i] = wire_put_event(&e->report, &w, e->choices_per_row, (size_t)e->parts.config->vocab);
         if (choices && !e->report.failed)
             copy_choices(e, span, &e->span_event[i]);
@@ -670,7 +685,8 @@ static status run_jobs(engine *e)
         for (int i = e->first_job; i < e->end_job; i++) {
             const float *logits = e->logits + (size_t)(i - e->first_job) * (size_t)e->parts.config->vocab;
             if (e->jobs[i].failed != STATUS_OK)
-                return status_fail(e->jobs[i].failed, "request %llu: no token can be chosen at position %d: the logits hold no number that may win",
+                return status_fail(e->jobs[i].failed,
+                                   "request %llu: no token can be chosen at position %d: the logits hold no number that may win",
                                    (unsigned long long)e->places[e->jobs[i].place].id, e->places[e->jobs[i].place].n_tokens);
             close_job(e, &e->jobs[i], logits);
         }
@@ -712,7 +728,8 @@ static status count_routing(engine *e)
         int phase = span->first_position >= s->n_prompt ? PHASE_DECODE : PHASE_PREFILL;
         for (int r = span->first_row; r < span->first_row + span->n_rows; r++) {
             for (size_t l = 0; l < (size_t)c->n_moe_layers; l++)
-                memcpy(e->row_choices + l * k, model_experts(e->model) + (l * (size_t)e->max_rows + (size_t)r) * k, k * sizeof *e->row_choices);
+                memcpy(e->row_choices + l * k, model_experts(e->model) + (l * (size_t)e->max_rows + (size_t)r) * k,
+                       k * sizeof *e->row_choices);
             TRY(routing_stats_add_row(e->routing, e->row_choices, s->domain, phase));
         }
     }
@@ -745,7 +762,8 @@ static status run_batch(engine *e)
     return e->report.failed ? status_fail(STATUS_NO_MEMORY, "no memory for a step's report") : STATUS_OK;
 }
 
-/* ---- the step ---------------------------------------------------------------------------------------------------------------- */
+/* ---- the step ----------------------------------------------------------------------------------------------------------------
+ */
 
 static status send_report(engine *e, double start)
 {

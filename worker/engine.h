@@ -23,15 +23,15 @@ enum {
 };
 
 typedef struct {
-    uint64_t id;               /* the submitter's; unique among live requests */
-    const int32_t *prompt;     /* [n_prompt]; copied */
+    uint64_t id;           /* the submitter's; unique among live requests */
+    const int32_t *prompt; /* [n_prompt]; copied */
     int n_prompt;
-    int n_prior;               /* the last n_prior of them are this request's own earlier output (it is being continued) */
-    int max_new;               /* tokens to generate at most; 0: only run the prompt */
-    sampling_params sampling;  /* its stop_ids end the sequence too; arrays copied */
+    int n_prior;              /* the last n_prior of them are this request's own earlier output (it is being continued) */
+    int max_new;              /* tokens to generate at most; 0: only run the prompt */
+    sampling_params sampling; /* its stop_ids end the sequence too; arrays copied */
     unsigned want;
-    int domain;                /* for the routing statistics */
-    int owner;                 /* rank that keeps its KV cache; -1: the least busy */
+    int domain; /* for the routing statistics */
+    int owner;  /* rank that keeps its KV cache; -1: the least busy */
 } engine_request;
 
 typedef enum { ENGINE_EVENT_ROWS, ENGINE_EVENT_TOKEN, ENGINE_EVENT_FINISHED } engine_event_kind;
@@ -58,18 +58,18 @@ typedef struct {
 typedef void (*engine_listener)(void *arg, const engine_event *event);
 
 typedef struct {
-    int max_sequences;   /* running at once, over all ranks */
-    int chunk;           /* prefill rows per rank and step */
-    int max_length;      /* longest sequence, prompt and output; at most the model's own limit */
-    size_t kv_bytes;     /* per rank */
-    int n_domains;       /* for the routing statistics */
+    int max_sequences; /* running at once, over all ranks */
+    int chunk;         /* prefill rows per rank and step */
+    int max_length;    /* longest sequence, prompt and output; at most the model's own limit */
+    size_t kv_bytes;   /* per rank */
+    int n_domains;     /* for the routing statistics */
     const char *const *domains;
 } engine_limits;
 
 typedef struct {
     double prefill_seconds, decode_seconds; /* steps with any prompt rows; steps with generated rows only */
     unsigned long long prefill_rows, decode_rows, mixed_decode_rows, steps; /* mixed: decode rows in prefill steps */
-} engine_times; /* leader's clock, all ranks' rows */
+} engine_times;                                                             /* leader's clock, all ranks' rows */
 
 typedef struct engine engine;
 
@@ -77,7 +77,8 @@ typedef struct engine engine;
 status engine_create(const model_parts *parts, const engine_limits *limits, engine_listener listener, void *arg, engine **out);
 void engine_destroy(engine *e); /* NULL is fine */
 
-/* Rank 0. Refuses with a sentence what can never run (too long, ids outside the vocabulary, KV budget too small, bad sampling). */
+/* Rank 0. Refuses with a sentence what can never run (too long, ids outside the vocabulary, KV budget too small, bad sampling).
+ */
 status engine_submit(engine *e, const engine_request *request);
 status engine_cancel(engine *e, uint64_t id); /* unknown ids are ignored: it may just have finished */
 bool engine_busy(const engine *e);

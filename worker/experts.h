@@ -18,9 +18,9 @@ typedef struct experts experts;
 
 typedef struct {
     int hidden, n_experts, top_k;
-    int expert_inter;  /* width of an expert */
-    int dense_inter;   /* the widest of dense and shared blocks; 0: none */
-    int max_rows;      /* own rows per step: what a dense block may see at once */
+    int expert_inter; /* width of an expert */
+    int dense_inter;  /* the widest of dense and shared blocks; 0: none */
+    int max_rows;     /* own rows per step: what a dense block may see at once */
     int n_ranks;
     combine_mode combine;
     row_format rows;

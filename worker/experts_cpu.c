@@ -3,8 +3,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Tiles: TILE_ROWS rows by as many columns as keep a tile at TILE_FLOATS: wide enough that packing the rows costs a product little,
- * small enough to stay in the L2 cache beside rows and weights. Columns are cut in multiples of COLUMNS, which every
+/* Tiles: TILE_ROWS rows by as many columns as keep a tile at TILE_FLOATS: wide enough that packing the rows costs a product
+ * little, small enough to stay in the L2 cache beside rows and weights. Columns are cut in multiples of COLUMNS, which every
  * instruction set's register tile divides. */
 enum { TILE_ROWS = 64, TILE_FLOATS = 64 * 192, COLUMNS = 48, WAVE_ROWS = 2048, HOME_ROWS = 32, ROW_PAD = 16 };
 
@@ -34,14 +34,14 @@ struct experts {
     int capacity;                /* rows of a wave */
     product *products;           /* [max products], sorted by expert */
     int n_products;
-    int *expert_start;           /* [n_experts + 1] into products */
-    int *home_count;             /* [n_experts] own rows per expert, this layer */
-    segment *segments;           /* [n_experts] */
+    int *expert_start; /* [n_experts + 1] into products */
+    int *home_count;   /* [n_experts] own rows per expert, this layer */
+    segment *segments; /* [n_experts] */
     int n_segments;
-    float *x;                    /* [capacity][hidden + ROW_PAD] */
+    float *x; /* [capacity][hidden + ROW_PAD] */
     size_t x_stride;
-    float *act;                  /* [wave rows][inter + ROW_PAD] */
-    float *tiles;                /* per thread: gate and up tiles, then a down tile of TILE_ROWS full rows */
+    float *act;   /* [wave rows][inter + ROW_PAD] */
+    float *tiles; /* per thread: gate and up tiles, then a down tile of TILE_ROWS full rows */
     size_t tile_floats;
     int load_rows, load_touched;
     size_t buffer_bytes;
@@ -132,7 +132,8 @@ static long column_cost(int n_rows)
     return n_rows + READ_COST_ROWS;
 }
 
-/* Where `bound` cuts n columns of `cost` each that start at `start`: a multiple of COLUMNS (16 where there are few), or the end. */
+/* Where `bound` cuts n columns of `cost` each that start at `start`: a multiple of COLUMNS (16 where there are few), or the end.
+ */
 static int cut_columns(long start, long cost, int n, long bound)
 {
     long column = (bound - start) / cost;
@@ -145,7 +146,10 @@ static int cut_columns(long start, long cost, int n, long bound)
 static void add_segment(experts *e, const mlp_weights *weights, int first, int n_rows)
 {
     const segment *last = e->n_segments ? &e->segments[e->n_segments - 1] : NULL;
-    e->segments[e->n_segments++] = (segment){.weights = weights, .first = first, .n_rows = n_rows, .cost = column_cost(n_rows),
+    e->segments[e->n_segments++] = (segment){.weights = weights,
+                                             .first = first,
+                                             .n_rows = n_rows,
+                                             .cost = column_cost(n_rows),
                                              .cost_before = last ? last->cost_before + last->cost : 0};
 }
 
@@ -327,8 +331,12 @@ static void place_products(experts *e, exchange *x, int source, int own_rank, ta
             const packet_entry *entry = &p->entries[i];
             if (!takes(e, rule, source, own_rank, entry->expert))
                 continue;
-            e->products[e->expert_start[entry->expert]++] = (product){.source = source, .row = r, .entry = i,
-                .expert = entry->expert, .weight = entry->weight, .exponent = row->exponent};
+            e->products[e->expert_start[entry->expert]++] = (product){.source = source,
+                                                                      .row = r,
+                                                                      .entry = i,
+                                                                      .expert = entry->expert,
+                                                                      .weight = entry->weight,
+                                                                      .exponent = row->exponent};
         }
     }
 }
@@ -456,8 +464,8 @@ static void project_columns(const projection_pass *pass, const projection *p, in
         for (int r = 0; r < pass->n_rows; r += TILE_ROWS) {
             int m = pass->n_rows - r < TILE_ROWS ? pass->n_rows - r : TILE_ROWS;
             float *y = p->y + (size_t)r * p->y_stride + c;
-            pass->kernels->matmul[w->format](pass->x + (size_t)r * pass->x_stride, pass->x_stride, m, matrix_row(w, c), w->n_in, n,
-                                             y, p->y_stride);
+            pass->kernels->matmul[w->format](pass->x + (size_t)r * pass->x_stride, pass->x_stride, m, matrix_row(w, c), w->n_in,
+                                             n, y, p->y_stride);
             for (int i = 0; i < m && p->bias; i++)
                 for (int j = 0; j < n; j++)
                     y[(size_t)i * p->y_stride + (size_t)j] += p->bias[c + j];

@@ -80,8 +80,9 @@ status kernels_pick(kernel_isa *out)
         *out = (kernel_isa)isa;
         return STATUS_OK;
     }
-    return status_fail(STATUS_USAGE, "CONVOKE_ISA: unknown instruction set '%s' (this CPU: %s; known: scalar, avx2, avx512, avx512bf16)",
-                       asked, isa_names[best_isa()]);
+    return status_fail(STATUS_USAGE,
+                       "CONVOKE_ISA: unknown instruction set '%s' (this CPU: %s; known: scalar, avx2, avx512, avx512bf16)", asked,
+                       isa_names[best_isa()]);
 }
 
 size_t weight_format_size(weight_format format)

@@ -40,9 +40,9 @@ static inline size_t kv_head_floats(int head_dim)
  * Per row: blocks in rising order; inside a block scores first (lane = position, products over d in rising order with FMA),
  * then the block's maximum, then exponentials, then values with FMA in rising position order. */
 typedef struct {
-    const float *q;  /* row i, head h: q + i * q_row_stride + h * head_dim */
+    const float *q; /* row i, head h: q + i * q_row_stride + h * head_dim */
     size_t q_row_stride;
-    float *out;      /* the same layout, its own stride */
+    float *out; /* the same layout, its own stride */
     size_t out_row_stride;
     int n_rows, n_heads, head_dim;
     int first_position, window;

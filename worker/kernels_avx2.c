@@ -9,19 +9,19 @@
  * order: first = lanes 0-7, second = lanes 8-15. The reduction tree is followed in both cases (pair_sums).
  *
  * Lanes of `first` and `second` never meet before the reduction, so a tile passes over K twice, once for each: 6 rows x 2 outputs
- * then take 12 accumulators and 8 loads for 12 FMA (half_tile). Doing both halves at once is a 3 x 2 tile that loads for every FMA.
- * A call of up to five rows is bound by memory: one weight row at a time, both halves in one pass (both_tile).
+ * then take 12 accumulators and 8 loads for 12 FMA (half_tile). Doing both halves at once is a 3 x 2 tile that loads for every
+ * FMA. A call of up to five rows is bound by memory: one weight row at a time, both halves in one pass (both_tile).
  *
  * What was tried: variants in turn on one thread of a Zen 3 whose two CPUs were busy with other work, CPU time, bf16, N 768.
  * The load cost the kernels more than the register-only FMA loop, so both the median of the runs and the best sample are given;
  * neither stands for bench_kernels on an idle machine.
  *                                                        this way                another way
  *   1 row, of the read loop's speed (3 runs)             99-101 %                2 weight rows at once 76-85 %, 4: 75-77 %
- *   4, 5 rows, of the read loop's speed (3 runs)         69-71, 58-68 %          half_tile 57-66, 52-61 %; at 6 rows no difference
- *   8 rows, K 1,024, of the FMA loop's (6 runs)          38 %, best 62           without prefetching the next block 31 %, best 42
- *   64 rows, K 1,024                                     57 %, best 82           without IN_REGISTER 57 %, best 68
- *   64 rows, K 4,096                                     54 %, best 74           K in one piece 50 %, best 59
- * K in pieces made no difference at 2,048, nor did prefetching 1, 2, 4, 8 or 16 KiB ahead of one to five rows. */
+ *   4, 5 rows, of the read loop's speed (3 runs)         69-71, 58-68 %          half_tile 57-66, 52-61 %; at 6 rows no
+ * difference 8 rows, K 1,024, of the FMA loop's (6 runs)          38 %, best 62           without prefetching the next block 31
+ * %, best 42 64 rows, K 1,024                                     57 %, best 82           without IN_REGISTER 57 %, best 68 64
+ * rows, K 4,096                                     54 %, best 74           K in one piece 50 %, best 59 K in pieces made no
+ * difference at 2,048, nor did prefetching 1, 2, 4, 8 or 16 KiB ahead of one to five rows. */
 #include "worker/kernels.h"
 
 #if defined(__AVX2__)
@@ -160,10 +160,10 @@ V_INLINE float v_max_lane(vec16 v)
 
 /* ---- products ---- */
 
-#define TILE_ROWS    6
-#define TILE_OUTPUTS 4
+#define TILE_ROWS     6
+#define TILE_OUTPUTS  4
 #define STREAMED_ROWS 5
-#define STEP         16
+#define STEP          16
 #include "worker/kernels_tiles.h"
 
 /* Without it the compiler loads a value anew for each FMA that uses it, and loads become the limit. */
@@ -177,8 +177,7 @@ ALWAYS_INLINE __m256 load_weights(const weight_format format, const int half, co
     if (format == FORMAT_F16)
         return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(w + 16 * half)));
     __m256i words = _mm256_loadu_si256((const __m256i *)(const void *)w);
-    return _mm256_castsi256_ps(half ? _mm256_and_si256(words, _mm256_set1_epi32((int)0xffff0000))
-                                    : _mm256_slli_epi32(words, 16));
+    return _mm256_castsi256_ps(half ? _mm256_and_si256(words, _mm256_set1_epi32((int)0xffff0000)) : _mm256_slli_epi32(words, 16));
 }
 
 /* One row's step in two registers, as load_weights orders it. */
@@ -189,7 +188,8 @@ ALWAYS_INLINE void split_step(weight_format format, const float *x, __m256 *firs
         *first = low, *second = high;
         return;
     }
-    __m256d even = _mm256_castps_pd(_mm256_shuffle_ps(low, high, 0x88)), odd = _mm256_castps_pd(_mm256_shuffle_ps(low, high, 0xdd));
+    __m256d even = _mm256_castps_pd(_mm256_shuffle_ps(low, high, 0x88)),
+            odd = _mm256_castps_pd(_mm256_shuffle_ps(low, high, 0xdd));
     *first = _mm256_castpd_ps(_mm256_permute4x64_pd(even, 0xd8));
     *second = _mm256_castpd_ps(_mm256_permute4x64_pd(odd, 0xd8));
 }
@@ -240,19 +240,19 @@ ALWAYS_INLINE void half_steps(const weight_format format, const int half, const 
     const size_t step_bytes = STEP * WEIGHT_BYTES(format);
     for (int s = 0; s < steps; s++, x += 8 * rows, w += step_bytes, ahead += ahead_step - step_bytes) {
         __m256 ws[2];
-        UNROLL for (int j = 0; j < outputs; j++)
-            ws[j] = load_weights(format, half, w + (size_t)j * w_stride);
+        UNROLL for (int j = 0; j < outputs; j++) ws[j] = load_weights(format, half, w + (size_t)j * w_stride);
         prefetch(w, ahead);
-        UNROLL for (int i = 0; i < rows; i++) {
+        UNROLL for (int i = 0; i < rows; i++)
+        {
             __m256 xs = _mm256_load_ps(x + 8 * i);
             IN_REGISTER(xs);
-            UNROLL for (int j = 0; j < outputs; j++)
-                acc[i * outputs + j] = _mm256_fmadd_ps(ws[j], xs, acc[i * outputs + j]);
+            UNROLL for (int j = 0; j < outputs; j++) acc[i * outputs + j] = _mm256_fmadd_ps(ws[j], xs, acc[i * outputs + j]);
         }
     }
 }
 
-/* One half of the lanes over steps [from, to) of K for `outputs` weight rows; sums[j][i] carries them from piece to piece of K. */
+/* One half of the lanes over steps [from, to) of K for `outputs` weight rows; sums[j][i] carries them from piece to piece of K.
+ */
 ALWAYS_INLINE void half_piece(const weight_format format, const int half, const int rows, const int outputs, const float *x,
                               const char *w, int k, int from, int to, const next_block *next, __m256 *sums)
 {
@@ -260,35 +260,33 @@ ALWAYS_INLINE void half_piece(const weight_format format, const int half, const 
     /* this pass's part of the lines of the same rows in the next block, evenly over the steps */
     const size_t parts = 2 * (size_t)next->parts, part = 2 * (size_t)next->part + (size_t)half;
     const size_t ahead_step = ((size_t)outputs * step_bytes + parts - 1) / parts;
-    size_t ahead = next->ahead + (size_t)outputs * row_bytes / parts * part + (size_t)from * ahead_step - (size_t)from * step_bytes;
+    size_t ahead =
+        next->ahead + (size_t)outputs * row_bytes / parts * part + (size_t)from * ahead_step - (size_t)from * step_bytes;
     __m256 acc[TILE_ROWS * 2];
-    UNROLL for (int i = 0; i < rows; i++)
-        UNROLL for (int j = 0; j < outputs; j++)
-            acc[i * outputs + j] = from ? sums[j * rows + i] : _mm256_setzero_ps();
+    UNROLL for (int i = 0; i < rows; i++) UNROLL for (int j = 0; j < outputs; j++) acc[i * outputs + j] =
+        from ? sums[j * rows + i] : _mm256_setzero_ps();
     x += (size_t)from * 8 * (size_t)rows;
     int full = to > k / STEP ? k / STEP : to;
     half_steps(format, half, rows, outputs, x, w + (size_t)from * step_bytes, row_bytes, ahead, ahead_step, full - from, acc);
     if (full < to) {
         weight_tail tail;
         copy_tail(outputs, &tail, w, row_bytes, (size_t)full * step_bytes);
-        half_steps(format, half, rows, outputs, x + (size_t)(full - from) * 8 * (size_t)rows, tail.w[0], sizeof tail.w[0], 0, 0, 1,
-                   acc);
+        half_steps(format, half, rows, outputs, x + (size_t)(full - from) * 8 * (size_t)rows, tail.w[0], sizeof tail.w[0], 0, 0,
+                   1, acc);
     }
-    UNROLL for (int i = 0; i < rows; i++)
-        UNROLL for (int j = 0; j < outputs; j++)
-            sums[j * rows + i] = acc[i * outputs + j];
+    UNROLL for (int i = 0; i < rows; i++) UNROLL for (int j = 0; j < outputs; j++) sums[j * rows + i] = acc[i * outputs + j];
 }
 
 /* y[i][j] of all rows and weight rows from both halves' sums. */
-ALWAYS_INLINE void write_tile(const weight_format format, const int rows, int n, const __m256 *first, const __m256 *second, float *y,
-                              size_t y_stride)
+ALWAYS_INLINE void write_tile(const weight_format format, const int rows, int n, const __m256 *first, const __m256 *second,
+                              float *y, size_t y_stride)
 {
     for (int i = 0; i < rows; i++, y += y_stride) {
         int j = 0;
         for (; j + 4 <= n; j += 4) {
             __m128 pairs[4];
-            UNROLL for (int p = 0; p < 4; p++)
-                pairs[p] = pair_sums(format, first[(j + p) * rows + i], second[(j + p) * rows + i]);
+            UNROLL for (int p = 0; p < 4; p++) pairs[p] =
+                pair_sums(format, first[(j + p) * rows + i], second[(j + p) * rows + i]);
             _mm_storeu_ps(y + j, _mm_hadd_ps(_mm_hadd_ps(pairs[0], pairs[1]), _mm_hadd_ps(pairs[2], pairs[3])));
         }
         for (; j < n; j++) {
@@ -307,7 +305,8 @@ ALWAYS_INLINE void half_tile(const weight_format format, const int rows, const f
     const size_t row_bytes = (size_t)k * WEIGHT_BYTES(format);
     const int steps = (k + STEP - 1) / STEP;
     __m256 sums[2][W_BLOCK_ROWS * TILE_ROWS];
-    UNROLL for (int half = 0; half < 2; half++) {
+    UNROLL for (int half = 0; half < 2; half++)
+    {
         const float *plane = x + (size_t)half * (size_t)steps * (size_t)rows * 8;
         int from = 0;
         do { /* once for a K of 0, too: the sums are zeros */
@@ -327,10 +326,12 @@ ALWAYS_INLINE void both_steps(const weight_format format, const int rows, const 
 {
     const size_t step_bytes = STEP * WEIGHT_BYTES(format);
     for (int s = 0; s < steps; s++, x += 8 * rows, w += step_bytes) {
-        UNROLL for (int j = 0; j < outputs; j++) {
+        UNROLL for (int j = 0; j < outputs; j++)
+        {
             prefetch(w + (size_t)j * w_stride, ahead);
             __m256 w0 = load_weights(format, 0, w + (size_t)j * w_stride), w1 = load_weights(format, 1, w + (size_t)j * w_stride);
-            UNROLL for (int i = 0; i < rows; i++) {
+            UNROLL for (int i = 0; i < rows; i++)
+            {
                 first[i * outputs + j] = _mm256_fmadd_ps(w0, _mm256_load_ps(x + 8 * i), first[i * outputs + j]);
                 second[i * outputs + j] = _mm256_fmadd_ps(w1, _mm256_load_ps(x + plane + 8 * i), second[i * outputs + j]);
             }
@@ -345,39 +346,39 @@ ALWAYS_INLINE void both_tile(const weight_format format, const int rows, const i
     int full = k / STEP, rest = k % STEP != 0;
     size_t plane = (size_t)(full + rest) * (size_t)rows * 8;
     __m256 first[TILE_ROWS * 2], second[TILE_ROWS * 2];
-    UNROLL for (int i = 0; i < rows * outputs; i++)
-        first[i] = second[i] = _mm256_setzero_ps();
+    UNROLL for (int i = 0; i < rows * outputs; i++) first[i] = second[i] = _mm256_setzero_ps();
     both_steps(format, rows, outputs, x, plane, w, row_bytes, PREFETCH_BYTES, full, first, second);
     if (rest) {
         weight_tail tail;
         copy_tail(outputs, &tail, w, row_bytes, (size_t)full * step_bytes);
-        both_steps(format, rows, outputs, x + (size_t)full * 8 * (size_t)rows, plane, tail.w[0], sizeof tail.w[0], 0, 1, first, second);
+        both_steps(format, rows, outputs, x + (size_t)full * 8 * (size_t)rows, plane, tail.w[0], sizeof tail.w[0], 0, 1, first,
+                   second);
     }
     __m128 pairs[TILE_ROWS * 2];
-    UNROLL for (int i = 0; i < rows * outputs; i++)
-        pairs[i] = pair_sums(format, first[i], second[i]);
+    UNROLL for (int i = 0; i < rows * outputs; i++) pairs[i] = pair_sums(format, first[i], second[i]);
     write_sums(rows, outputs, pairs, y, y_stride);
 }
 
-#define HALF_TILE(name, format, rows)                                                             \
-    static void name(const float *packed, const char *w, int k, int n, float *y, size_t y_stride, \
-                     const next_block *next)                                                      \
-    {                                                                                             \
-        half_tile(format, rows, packed, w, k, n, y, y_stride, next);                              \
+#define HALF_TILE(name, format, rows)                                                                                            \
+    static void name(const float *packed, const char *w, int k, int n, float *y, size_t y_stride, const next_block *next)        \
+    {                                                                                                                            \
+        half_tile(format, rows, packed, w, k, n, y, y_stride, next);                                                             \
     }
-#define TILES(format, suffix)                                                                        \
-    TILE(both_##suffix##_1, both_tile, both_tile, format, 1, 1)                                      \
-    TILE(both_##suffix##_2, both_tile, both_tile, format, 2, 1)                                      \
-    TILE(both_##suffix##_3, both_tile, both_tile, format, 3, 1)                                      \
-    TILE(both_##suffix##_4, both_tile, both_tile, format, 4, 1)                                      \
-    TILE(both_##suffix##_5, both_tile, both_tile, format, 5, 1)                                      \
-    HALF_TILE(half_##suffix##_3, format, 3)                                                          \
-    HALF_TILE(half_##suffix##_4, format, 4)                                                          \
-    HALF_TILE(half_##suffix##_5, format, 5)                                                          \
-    HALF_TILE(half_##suffix##_6, format, 6)                                                          \
-    static const tile_set tiles_##suffix = {                                                         \
-        format, format == FORMAT_BF16 ? pack_bf16 : pack_natural,                                    \
-        {NULL, both_##suffix##_1, both_##suffix##_2, both_##suffix##_3, both_##suffix##_4, both_##suffix##_5, half_##suffix##_6}, \
+#define TILES(format, suffix)                                                                                                    \
+    TILE(both_##suffix##_1, both_tile, both_tile, format, 1, 1)                                                                  \
+    TILE(both_##suffix##_2, both_tile, both_tile, format, 2, 1)                                                                  \
+    TILE(both_##suffix##_3, both_tile, both_tile, format, 3, 1)                                                                  \
+    TILE(both_##suffix##_4, both_tile, both_tile, format, 4, 1)                                                                  \
+    TILE(both_##suffix##_5, both_tile, both_tile, format, 5, 1)                                                                  \
+    HALF_TILE(half_##suffix##_3, format, 3)                                                                                      \
+    HALF_TILE(half_##suffix##_4, format, 4)                                                                                      \
+    HALF_TILE(half_##suffix##_5, format, 5)                                                                                      \
+    HALF_TILE(half_##suffix##_6, format, 6)                                                                                      \
+    static const tile_set tiles_##suffix = {                                                                                     \
+        format,                                                                                                                  \
+        format == FORMAT_BF16 ? pack_bf16 : pack_natural,                                                                        \
+        {NULL, both_##suffix##_1, both_##suffix##_2, both_##suffix##_3, both_##suffix##_4, both_##suffix##_5,                    \
+         half_##suffix##_6},                                                                                                     \
         {NULL, NULL, NULL, half_##suffix##_3, half_##suffix##_4, half_##suffix##_5, half_##suffix##_6}};
 
 TILES(FORMAT_F32, f32)

@@ -7,10 +7,10 @@
 #if defined(__AVX512F__) || defined(CONVOKE_EMULATE_AVX512)
 #include "worker/kernels_avx512.h"
 
-#define TILE_ROWS    4
-#define TILE_OUTPUTS 6
+#define TILE_ROWS     4
+#define TILE_OUTPUTS  6
 #define STREAMED_ROWS 4
-#define STEP         16
+#define STEP          16
 #include "worker/kernels_tiles.h"
 
 ALWAYS_INLINE __m512 load_weights(const weight_format format, const char *w)
@@ -37,14 +37,13 @@ ALWAYS_INLINE void steps(const weight_format format, const int rows, const int o
     const size_t step_bytes = STEP * WEIGHT_BYTES(format);
     for (int s = 0; s < n_steps; s++, x += 16 * rows, w += step_bytes) {
         __m512 xs[TILE_ROWS];
-        UNROLL for (int i = 0; i < rows; i++)
-            xs[i] = _mm512_loadu_ps(x + 16 * i);
-        UNROLL for (int j = 0; j < outputs; j++) {
+        UNROLL for (int i = 0; i < rows; i++) xs[i] = _mm512_loadu_ps(x + 16 * i);
+        UNROLL for (int j = 0; j < outputs; j++)
+        {
             __m512 ws = load_weights(format, w + (size_t)j * w_stride);
             if (j < 3) /* of six weight rows' lines a step needs three: 32 bytes each */
                 prefetch(w + (size_t)j * w_stride, ahead);
-            UNROLL for (int i = 0; i < rows; i++)
-                acc[i * outputs + j] = _mm512_fmadd_ps(ws, xs[i], acc[i * outputs + j]);
+            UNROLL for (int i = 0; i < rows; i++) acc[i * outputs + j] = _mm512_fmadd_ps(ws, xs[i], acc[i * outputs + j]);
         }
     }
 }
@@ -55,8 +54,7 @@ ALWAYS_INLINE void run_tile(const weight_format format, const int rows, const in
     const size_t row_bytes = (size_t)k * WEIGHT_BYTES(format), step_bytes = STEP * WEIGHT_BYTES(format);
     const int full = k / STEP, count = rows * outputs;
     __m512 acc[TILE_ROWS * TILE_OUTPUTS];
-    UNROLL for (int i = 0; i < count; i++)
-        acc[i] = _mm512_setzero_ps();
+    UNROLL for (int i = 0; i < count; i++) acc[i] = _mm512_setzero_ps();
     steps(format, rows, outputs, x, w, row_bytes, PREFETCH_BYTES, full, acc);
     if (k % STEP) {
         weight_tail tail;
@@ -64,19 +62,19 @@ ALWAYS_INLINE void run_tile(const weight_format format, const int rows, const in
         steps(format, rows, outputs, x + (size_t)full * 16 * (size_t)rows, tail.w[0], sizeof tail.w[0], 0, 1, acc);
     }
     __m128 pairs[TILE_ROWS * TILE_OUTPUTS];
-    UNROLL for (int i = 0; i < count; i++)
-        pairs[i] = pair_sums16(acc[i]);
+    UNROLL for (int i = 0; i < count; i++) pairs[i] = pair_sums16(acc[i]);
     write_sums(rows, outputs, pairs, y, y_stride);
 }
 
-#define TILES(format, suffix)                                  \
-    TILE(tile_##suffix##_1, run_tile, run_tile, format, 1, 1)  \
-    TILE(tile_##suffix##_2, run_tile, run_tile, format, 2, 4)  \
-    TILE(tile_##suffix##_3, run_tile, run_tile, format, 3, 4)  \
-    TILE(tile_##suffix##_4, run_tile, run_tile, format, 4, 6)  \
-    static const tile_set tiles_##suffix = {                   \
-        format, pack, {NULL, tile_##suffix##_1, tile_##suffix##_2, tile_##suffix##_3, tile_##suffix##_4}, \
-        {NULL, NULL, tile_##suffix##_2, tile_##suffix##_3, tile_##suffix##_4}};
+#define TILES(format, suffix)                                                                                                    \
+    TILE(tile_##suffix##_1, run_tile, run_tile, format, 1, 1)                                                                    \
+    TILE(tile_##suffix##_2, run_tile, run_tile, format, 2, 4)                                                                    \
+    TILE(tile_##suffix##_3, run_tile, run_tile, format, 3, 4)                                                                    \
+    TILE(tile_##suffix##_4, run_tile, run_tile, format, 4, 6)                                                                    \
+    static const tile_set tiles_##suffix = {format,                                                                              \
+                                            pack,                                                                                \
+                                            {NULL, tile_##suffix##_1, tile_##suffix##_2, tile_##suffix##_3, tile_##suffix##_4},  \
+                                            {NULL, NULL, tile_##suffix##_2, tile_##suffix##_3, tile_##suffix##_4}};
 
 TILES(FORMAT_F32, f32)
 TILES(FORMAT_F16, f16)

@@ -1,7 +1,7 @@
 /* kernels_avx512bf16.c - products with bf16 weights by vdpbf16ps: 32 products an instruction, no unpacking of weights.
  *
- * The instruction wants bf16 on both sides, so an activation is split into two: x = high + low, each a bf16, exact to about 2^-17,
- * and every weight meets both. That is as many FMA as fp32 needs, without the two operations that widen a weight.
+ * The instruction wants bf16 on both sides, so an activation is split into two: x = high + low, each a bf16, exact to about
+ * 2^-17, and every weight meets both. That is as many FMA as fp32 needs, without the two operations that widen a weight.
  *
  *     packed[step][row]: 32 high halves, 32 low halves;  a step is 32 weights of one row, as stored
  *     lane j adds k = 2j, 2j + 1 (mod 32), first with the high, then with the low halves; then the tree of kernels.h
@@ -14,10 +14,10 @@
 #if defined(__AVX512BF16__) || defined(CONVOKE_EMULATE_AVX512)
 #include "worker/kernels_avx512.h"
 
-#define TILE_ROWS    4
-#define TILE_OUTPUTS 6
+#define TILE_ROWS     4
+#define TILE_OUTPUTS  6
 #define STREAMED_ROWS 4
-#define STEP         32
+#define STEP          32
 #include "worker/kernels_tiles.h"
 
 /* The nearest bf16 of 16 floats, in the upper halves of 32-bit words; every NaN becomes the plain one. */
@@ -59,13 +59,14 @@ ALWAYS_INLINE void steps(const int rows, const int outputs, const float *x, cons
                          int n_steps, __m512 *acc)
 {
     for (int s = 0; s < n_steps; s++, x += 32 * rows, w += 2 * STEP) {
-        UNROLL for (int j = 0; j < outputs; j++) {
+        UNROLL for (int j = 0; j < outputs; j++)
+        {
             __m512bh ws = load_halves(w + (size_t)j * w_stride);
             prefetch(w + (size_t)j * w_stride, ahead);
-            UNROLL for (int i = 0; i < rows; i++)
-                acc[i * outputs + j] = _mm512_dpbf16_ps(acc[i * outputs + j], load_halves(x + 32 * i), ws);
-            UNROLL for (int i = 0; i < rows; i++)
-                acc[i * outputs + j] = _mm512_dpbf16_ps(acc[i * outputs + j], load_halves(x + 32 * i + 16), ws);
+            UNROLL for (int i = 0; i < rows; i++) acc[i * outputs + j] =
+                _mm512_dpbf16_ps(acc[i * outputs + j], load_halves(x + 32 * i), ws);
+            UNROLL for (int i = 0; i < rows; i++) acc[i * outputs + j] =
+                _mm512_dpbf16_ps(acc[i * outputs + j], load_halves(x + 32 * i + 16), ws);
         }
     }
 }
@@ -76,8 +77,7 @@ ALWAYS_INLINE void run_tile(const weight_format format, const int rows, const in
     const size_t row_bytes = (size_t)k * WEIGHT_BYTES(format);
     const int full = k / STEP, count = rows * outputs;
     __m512 acc[TILE_ROWS * TILE_OUTPUTS];
-    UNROLL for (int i = 0; i < count; i++)
-        acc[i] = _mm512_setzero_ps();
+    UNROLL for (int i = 0; i < count; i++) acc[i] = _mm512_setzero_ps();
     steps(rows, outputs, x, w, row_bytes, PREFETCH_BYTES, full, acc);
     if (k % STEP) {
         weight_tail tail;
@@ -85,8 +85,7 @@ ALWAYS_INLINE void run_tile(const weight_format format, const int rows, const in
         steps(rows, outputs, x + (size_t)full * 32 * (size_t)rows, tail.w[0], sizeof tail.w[0], 0, 1, acc);
     }
     __m128 pairs[TILE_ROWS * TILE_OUTPUTS];
-    UNROLL for (int i = 0; i < count; i++)
-        pairs[i] = pair_sums16(acc[i]);
+    UNROLL for (int i = 0; i < count; i++) pairs[i] = pair_sums16(acc[i]);
     write_sums(rows, outputs, pairs, y, y_stride);
 }
 
@@ -95,7 +94,8 @@ TILE(tile_1, run_tile, run_tile, FORMAT_BF16, 1, 4)
 TILE(tile_2, run_tile, run_tile, FORMAT_BF16, 2, 4)
 TILE(tile_3, run_tile, run_tile, FORMAT_BF16, 3, 4)
 TILE(tile_4, run_tile, run_tile, FORMAT_BF16, 4, 6)
-static const tile_set tiles_bf16 = {FORMAT_BF16, pack, {NULL, tile_1, tile_2, tile_3, tile_4}, {NULL, NULL, tile_2, tile_3, tile_4}};
+static const tile_set tiles_bf16 = {
+    FORMAT_BF16, pack, {NULL, tile_1, tile_2, tile_3, tile_4}, {NULL, NULL, tile_2, tile_3, tile_4}};
 
 MATMUL(matmul_bf16, tiles_bf16)
 

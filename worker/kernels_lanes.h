@@ -150,15 +150,16 @@ ALWAYS_INLINE void multiply_tile(const int rows, const int columns, const float 
 {
     for (int i = begin; i < end; i++) {
         vec16 bs[4];
-        UNROLL for (int c = 0; c < columns; c++) {
+        UNROLL for (int c = 0; c < columns; c++)
+        {
             const float *row = b + (size_t)i * b_stride + 16 * c;
             bs[c] = v_load(row);
             __builtin_prefetch((const char *)((uintptr_t)row + ahead), 0, 2); /* to L2: L1 is full with this block */
         }
-        UNROLL for (int r = 0; r < rows; r++) {
+        UNROLL for (int r = 0; r < rows; r++)
+        {
             vec16 factor = v_set(a[r][i]);
-            UNROLL for (int c = 0; c < columns; c++)
-                acc[r * columns + c] = v_fma(factor, bs[c], acc[r * columns + c]);
+            UNROLL for (int c = 0; c < columns; c++) acc[r * columns + c] = v_fma(factor, bs[c], acc[r * columns + c]);
         }
     }
 }
@@ -167,19 +168,17 @@ ALWAYS_INLINE void score_tile(const int rows, attend_tile *t, const float *keys,
 {
     const int columns = SCORE_COLUMNS(rows);
     const float *q[ATTEND_TILE];
-    UNROLL for (int r = 0; r < rows; r++)
-        q[r] = t->query[r]->q;
+    UNROLL for (int r = 0; r < rows; r++) q[r] = t->query[r]->q;
     for (int j = 0; j < KV_BLOCK; j += 16 * columns) {
         vec16 acc[ATTEND_TILE * 4];
-        UNROLL for (int i = 0; i < rows * columns; i++)
-            acc[i] = v_set(0.0f);
+        UNROLL for (int i = 0; i < rows * columns; i++) acc[i] = v_set(0.0f);
         multiply_tile(rows, columns, q, keys + j, KV_BLOCK, 0, head_dim, t->ahead, acc);
-        UNROLL for (int r = 0; r < rows; r++)
-            UNROLL for (int c = 0; c < columns; c++) {
-                int at = j + 16 * c;
-                vec16 score = v_mul(acc[r * columns + c], v_set(scale));
-                v_store(t->weight[r] + at, v_keep(score, t->begin[r] - at, t->end[r] - at));
-            }
+        UNROLL for (int r = 0; r < rows; r++) UNROLL for (int c = 0; c < columns; c++)
+        {
+            int at = j + 16 * c;
+            vec16 score = v_mul(acc[r * columns + c], v_set(scale));
+            v_store(t->weight[r] + at, v_keep(score, t->begin[r] - at, t->end[r] - at));
+        }
     }
 }
 
@@ -211,13 +210,10 @@ ALWAYS_INLINE void value_columns(const int rows, const int columns, float *const
                                  const float *rescale, const float *values, int head_dim, int begin, int end, size_t ahead)
 {
     vec16 acc[ATTEND_TILE * 4];
-    UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int c = 0; c < columns; c++)
-            acc[r * columns + c] = v_mul(v_load(out[r] + 16 * c), v_set(rescale[r]));
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int c = 0; c < columns; c++) acc[r * columns + c] =
+        v_mul(v_load(out[r] + 16 * c), v_set(rescale[r]));
     multiply_tile(rows, columns, weight, values, (size_t)head_dim, begin, end, ahead, acc);
-    UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int c = 0; c < columns; c++)
-            v_store(out[r] + 16 * c, acc[r * columns + c]);
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int c = 0; c < columns; c++) v_store(out[r] + 16 * c, acc[r * columns + c]);
 }
 
 /* The last columns of a head_dim that is no multiple of 16. */
@@ -239,17 +235,14 @@ ALWAYS_INLINE void value_tile(const int rows, attend_tile *t, int from, const fl
     float *out[ATTEND_TILE];
     const float *weight[ATTEND_TILE];
     int d = 0;
-    UNROLL for (int r = 0; r < rows; r++)
-        out[r] = t->query[from + r]->out, weight[r] = t->weight[from + r];
+    UNROLL for (int r = 0; r < rows; r++) out[r] = t->query[from + r]->out, weight[r] = t->weight[from + r];
     for (; d + 16 * columns <= head_dim; d += 16 * columns) {
         value_columns(rows, columns, out, weight, t->rescale + from, values + d, head_dim, begin, end, t->ahead);
-        UNROLL for (int r = 0; r < rows; r++)
-            out[r] += 16 * columns;
+        UNROLL for (int r = 0; r < rows; r++) out[r] += 16 * columns;
     }
     for (; d + 16 <= head_dim; d += 16) {
         value_columns(rows, 1, out, weight, t->rescale + from, values + d, head_dim, begin, end, t->ahead);
-        UNROLL for (int r = 0; r < rows; r++)
-            out[r] += 16;
+        UNROLL for (int r = 0; r < rows; r++) out[r] += 16;
     }
     if (d < head_dim)
         value_rest(rows, out, weight, t->rescale + from, values + d, head_dim, head_dim - d, begin, end);
@@ -290,12 +283,30 @@ ALWAYS_INLINE void attend_tile_block(const int rows, attend_tile *t, const float
     }
 }
 
-static void attend_tile_1(attend_tile *t, const float *keys, int head_dim, float scale) { attend_tile_block(1, t, keys, head_dim, scale); }
-static void attend_tile_2(attend_tile *t, const float *keys, int head_dim, float scale) { attend_tile_block(2, t, keys, head_dim, scale); }
-static void attend_tile_3(attend_tile *t, const float *keys, int head_dim, float scale) { attend_tile_block(3, t, keys, head_dim, scale); }
-static void attend_tile_4(attend_tile *t, const float *keys, int head_dim, float scale) { attend_tile_block(4, t, keys, head_dim, scale); }
-static void attend_tile_5(attend_tile *t, const float *keys, int head_dim, float scale) { attend_tile_block(5, t, keys, head_dim, scale); }
-static void attend_tile_6(attend_tile *t, const float *keys, int head_dim, float scale) { attend_tile_block(6, t, keys, head_dim, scale); }
+static void attend_tile_1(attend_tile *t, const float *keys, int head_dim, float scale)
+{
+    attend_tile_block(1, t, keys, head_dim, scale);
+}
+static void attend_tile_2(attend_tile *t, const float *keys, int head_dim, float scale)
+{
+    attend_tile_block(2, t, keys, head_dim, scale);
+}
+static void attend_tile_3(attend_tile *t, const float *keys, int head_dim, float scale)
+{
+    attend_tile_block(3, t, keys, head_dim, scale);
+}
+static void attend_tile_4(attend_tile *t, const float *keys, int head_dim, float scale)
+{
+    attend_tile_block(4, t, keys, head_dim, scale);
+}
+static void attend_tile_5(attend_tile *t, const float *keys, int head_dim, float scale)
+{
+    attend_tile_block(5, t, keys, head_dim, scale);
+}
+static void attend_tile_6(attend_tile *t, const float *keys, int head_dim, float scale)
+{
+    attend_tile_block(6, t, keys, head_dim, scale);
+}
 
 /* The queries that see something of block `b`, in tiles of nearly equal size. */
 static void attend_block(const attend_args *a, attend_query *queries, int n_queries, int b, int last)
@@ -343,8 +354,8 @@ static void attend_group(const attend_args *a, int from, int to)
         size_t row = (size_t)(pair / a->n_heads), head = (size_t)(pair % a->n_heads);
         int position = a->first_position + (int)row;
         float *out = a->out + row * a->out_row_stride + head * head_dim;
-        queries[pair - from] = (attend_query){a->q + row * a->q_row_stride + head * head_dim, out,
-                                              first_position_seen(a, pair), position, -INFINITY, 0.0f};
+        queries[pair - from] = (attend_query){
+            a->q + row * a->q_row_stride + head * head_dim, out, first_position_seen(a, pair), position, -INFINITY, 0.0f};
         memset(out, 0, head_dim * sizeof *out);
     }
     /* Rows rise, so the first query reaches back the furthest and the last one sees the last block. */

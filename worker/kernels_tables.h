@@ -30,7 +30,7 @@ extern const kernel_table kernels_avx2, kernels_avx512, kernels_avx512bf16;
 #define EXP_P4      1.6666665459e-1f
 #define EXP_P5      5.0000001201e-1f
 /* bits(t) - EXP_BIAS = n + 256, positive for every n that can come */
-#define EXP_BIAS    (0x4b400000u - 256u)
+#define EXP_BIAS (0x4b400000u - 256u)
 
 /* Activations of one matmul call in the order its tiles read them: about half of a common L2 cache. A K beyond it (73,728) takes
  * the scalar way. */

@@ -1,14 +1,15 @@
-/* kernels_tiles.h - how a product is cut into register tiles and cache blocks; the tiles themselves are each instruction set's own.
+/* kernels_tiles.h - how a product is cut into register tiles and cache blocks; the tiles themselves are each instruction set's
+ * own.
  *
  *     x [m][k]  --pack-->  tiles of up to TILE_ROWS rows, in the order the tile reads them, K padded with zeros
  *     w [n][k]  read as stored; W_BLOCK_BYTES of rows at a time stay in L2 while all x tiles pass over them
  *
  * An x tile (in pieces of K that fit in L1 with room to spare: two threads may share a core) stays while the block's weight rows
- * stream past it, so each weight is unpacked once per tile. While the tiles work on one block, each prefetches its part of the next
- * one, so memory and arithmetic overlap from a few rows on. Packing costs one pass over x per call; it makes the tile's loads one
- * sequence (no rows 4 KiB apart in the same L1 set), and it takes alignment, stride and the tail of K out of the inner loops. m rows
- * are spread evenly over the tiles: 8 rows are 4 + 4, not 6 + 2. None of this shows in the result: how an output's sum runs is the
- * same in every tile and block.
+ * stream past it, so each weight is unpacked once per tile. While the tiles work on one block, each prefetches its part of the
+ * next one, so memory and arithmetic overlap from a few rows on. Packing costs one pass over x per call; it makes the tile's
+ * loads one sequence (no rows 4 KiB apart in the same L1 set), and it takes alignment, stride and the tail of K out of the inner
+ * loops. m rows are spread evenly over the tiles: 8 rows are 4 + 4, not 6 + 2. None of this shows in the result: how an output's
+ * sum runs is the same in every tile and block.
  *
  * An includer (after kernels_lanes.h) defines TILE_ROWS and TILE_OUTPUTS, the largest tile, STREAMED_ROWS, up
  * to which a call's only tile needs no blocks, and STEP, the weights of one row that a
@@ -23,7 +24,8 @@
 #define PREFETCH_BYTES       4096
 #define WEIGHT_BYTES(format) ((size_t)((format) == FORMAT_F32 ? 4 : 2)) /* a constant inside a tile */
 
-/* What to prefetch beside the weights at hand: those `ahead` bytes on, this tile its `part` of `parts`. ahead 0: whatever suits. */
+/* What to prefetch beside the weights at hand: those `ahead` bytes on, this tile its `part` of `parts`. ahead 0: whatever suits.
+ */
 typedef struct {
     size_t ahead;
     int part, parts;
@@ -46,14 +48,14 @@ ALWAYS_INLINE void write_sums(const int rows, const int outputs, const __m128 *p
 {
     float sums[TILE_ROWS * TILE_OUTPUTS + 3];
     const int count = rows * outputs;
-    UNROLL for (int i = 0; i < count; i += 4) {
+    UNROLL for (int i = 0; i < count; i += 4)
+    {
         __m128 a = pairs[i], b = pairs[i + 1 < count ? i + 1 : i];
         __m128 c = pairs[i + 2 < count ? i + 2 : i], d = pairs[i + 3 < count ? i + 3 : i];
         _mm_storeu_ps(sums + i, _mm_hadd_ps(_mm_hadd_ps(a, b), _mm_hadd_ps(c, d)));
     }
-    UNROLL for (int i = 0; i < rows; i++)
-        UNROLL for (int j = 0; j < outputs; j++)
-            y[(size_t)i * y_stride + (size_t)j] = sums[i * outputs + j];
+    UNROLL for (int i = 0; i < rows; i++) UNROLL for (int j = 0; j < outputs; j++) y[(size_t)i * y_stride + (size_t)j] =
+        sums[i * outputs + j];
 }
 
 /* The last, partial step of K of `outputs` weight rows, padded with zeros. */
@@ -64,8 +66,7 @@ typedef struct {
 ALWAYS_INLINE void copy_tail(const int outputs, weight_tail *tail, const char *w, size_t row_bytes, size_t at)
 {
     memset(tail, 0, sizeof *tail);
-    UNROLL for (int j = 0; j < outputs; j++)
-        memcpy(tail->w[j], w + (size_t)j * row_bytes + at, row_bytes - at);
+    UNROLL for (int j = 0; j < outputs; j++) memcpy(tail->w[j], w + (size_t)j * row_bytes + at, row_bytes - at);
 }
 
 /* Past the end of a matrix a prefetch does nothing; as an integer the address may lie there. */
@@ -75,17 +76,16 @@ ALWAYS_INLINE void prefetch(const char *p, size_t ahead)
 }
 
 /* name(packed, w, k, n, y, y_stride): `outputs` weight rows at a time by `kind`, the rest one by one by `rest`. */
-#define TILE(name, kind, rest, format, rows, outputs)                                               \
-    static void name(const float *packed, const char *w, int k, int n, float *y, size_t y_stride,   \
-                     const next_block *next)                                                        \
-    {                                                                                               \
-        (void)next;                                                                                 \
-        const size_t row_bytes = (size_t)k * WEIGHT_BYTES(format);                                  \
-        int j = 0;                                                                                  \
-        for (; j + outputs <= n; j += outputs)                                                      \
-            kind(format, rows, outputs, packed, w + (size_t)j * row_bytes, k, y + j, y_stride);     \
-        for (; j < n; j++)                                                                          \
-            rest(format, rows, 1, packed, w + (size_t)j * row_bytes, k, y + j, y_stride);           \
+#define TILE(name, kind, rest, format, rows, outputs)                                                                            \
+    static void name(const float *packed, const char *w, int k, int n, float *y, size_t y_stride, const next_block *next)        \
+    {                                                                                                                            \
+        (void)next;                                                                                                              \
+        const size_t row_bytes = (size_t)k * WEIGHT_BYTES(format);                                                               \
+        int j = 0;                                                                                                               \
+        for (; j + outputs <= n; j += outputs)                                                                                   \
+            kind(format, rows, outputs, packed, w + (size_t)j * row_bytes, k, y + j, y_stride);                                  \
+        for (; j < n; j++)                                                                                                       \
+            rest(format, rows, 1, packed, w + (size_t)j * row_bytes, k, y + j, y_stride);                                        \
     }
 
 /* Weight rows per block: all where one small tile reads each weight once anyway. */
@@ -97,8 +97,7 @@ static int block_rows(int rows, int n, size_t row_bytes)
     return fit < 12 ? 12 : fit > W_BLOCK_ROWS ? W_BLOCK_ROWS : (int)fit;
 }
 
-static void matmul_packed(const tile_set *set, int rows, size_t k_padded, const char *w, int k, int n, float *y,
-                          size_t y_stride)
+static void matmul_packed(const tile_set *set, int rows, size_t k_padded, const char *w, int k, int n, float *y, size_t y_stride)
 {
     size_t row_bytes = (size_t)k * weight_format_size(set->format);
     int n_tiles = (rows + TILE_ROWS - 1) / TILE_ROWS, block = block_rows(rows, n, row_bytes);
@@ -108,8 +107,8 @@ static void matmul_packed(const tile_set *set, int rows, size_t k_padded, const 
             int first = rows * tile / n_tiles, last = rows * (tile + 1) / n_tiles;
             next_block next = {(size_t)block * row_bytes, tile, n_tiles};
             tile_fn run = (n_tiles == 1 ? set->alone : set->beside)[last - first];
-            run(kernels_packed + (size_t)first * k_padded, w + (size_t)from * row_bytes, k, count, y + (size_t)first * y_stride + from,
-                y_stride, &next);
+            run(kernels_packed + (size_t)first * k_padded, w + (size_t)from * row_bytes, k, count,
+                y + (size_t)first * y_stride + from, y_stride, &next);
         }
     }
 }
@@ -129,16 +128,17 @@ static void matmul_tiled(const tile_set *set, const float *x, size_t x_stride, i
         int n_tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
         for (int tile = 0; tile < n_tiles; tile++) {
             int first = rows * tile / n_tiles, last = rows * (tile + 1) / n_tiles;
-            set->pack(x + (size_t)(from + first) * x_stride, x_stride, last - first, k, kernels_packed + (size_t)first * k_padded);
+            set->pack(x + (size_t)(from + first) * x_stride, x_stride, last - first, k,
+                      kernels_packed + (size_t)first * k_padded);
         }
         matmul_packed(set, rows, k_padded, w, k, n, y + (size_t)from * y_stride, y_stride);
     }
 }
 
-#define MATMUL(name, set)                                                                                          \
-    static void name(const float *x, size_t x_stride, int m, const void *w, int k, int n, float *y, size_t y_stride) \
-    {                                                                                                              \
-        matmul_tiled(&set, x, x_stride, m, w, k, n, y, y_stride);                                                  \
+#define MATMUL(name, set)                                                                                                        \
+    static void name(const float *x, size_t x_stride, int m, const void *w, int k, int n, float *y, size_t y_stride)             \
+    {                                                                                                                            \
+        matmul_tiled(&set, x, x_stride, m, w, k, n, y, y_stride);                                                                \
     }
 
 #endif

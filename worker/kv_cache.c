@@ -27,8 +27,13 @@ status kv_cache_create(int n_layers, int n_kv_heads, int head_dim, size_t max_by
     kv_cache *cache = calloc(1, sizeof *cache);
     if (!cache)
         return status_fail(STATUS_NO_MEMORY, "no memory for the KV cache's bookkeeping");
-    *cache = (kv_cache){.n_layers = n_layers, .n_kv_heads = n_kv_heads, .head_dim = head_dim, .head_floats = head_floats,
-                        .block_floats = block_floats, .n_blocks = (int)n_blocks, .n_free = (int)n_blocks};
+    *cache = (kv_cache){.n_layers = n_layers,
+                        .n_kv_heads = n_kv_heads,
+                        .head_dim = head_dim,
+                        .head_floats = head_floats,
+                        .block_floats = block_floats,
+                        .n_blocks = (int)n_blocks,
+                        .n_free = (int)n_blocks};
     cache->free_ids = malloc(n_blocks * sizeof *cache->free_ids);
     size_t bytes = n_blocks * block_floats * sizeof(float);
     void *pool = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);

@@ -4,8 +4,8 @@
  *
  *     block b:  [layer][kv head]{ K[head_dim][KV_BLOCK]  V[KV_BLOCK][head_dim] }
  *
- * Bookkeeping plus one mapping; pages are touched when a block is first used. One caller, the step loop; kv_cache_store() may run on
- * any thread for rows of different positions. */
+ * Bookkeeping plus one mapping; pages are touched when a block is first used. One caller, the step loop; kv_cache_store() may run
+ * on any thread for rows of different positions. */
 #ifndef CONVOKE_WORKER_KV_CACHE_H
 #define CONVOKE_WORKER_KV_CACHE_H
 

@@ -39,10 +39,10 @@ struct model {
     float *head_x, *logits;       /* [head_rows][..] */
     uint16_t *chosen;             /* [moe layers][max_rows][top_k] */
     float *chosen_weights;
-    route *routes;                /* [max_rows][top_k] */
-    int16_t *exponents;           /* [max_rows] */
-    attend_task *tasks;           /* [max_rows + spans] */
-    int *positions;               /* [max_rows] */
+    route *routes;      /* [max_rows][top_k] */
+    int16_t *exponents; /* [max_rows] */
+    attend_task *tasks; /* [max_rows + spans] */
+    int *positions;     /* [max_rows] */
     unsigned long long *layer_load;
     int n_tasks, head_rows;
     long task_cost;
@@ -104,9 +104,15 @@ static status take_buffers(model *m)
 static status create_experts(model *m)
 {
     const model_config *c = m->parts.config;
-    experts_shape shape = {.hidden = c->hidden, .n_experts = c->n_experts, .top_k = c->top_k, .expert_inter = c->expert_inter,
-                           .dense_inter = c->shared_inter, .max_rows = m->parts.max_rows,
-                           .n_ranks = group_size(m->parts.group), .combine = m->parts.combine, .rows = m->parts.rows};
+    experts_shape shape = {.hidden = c->hidden,
+                           .n_experts = c->n_experts,
+                           .top_k = c->top_k,
+                           .expert_inter = c->expert_inter,
+                           .dense_inter = c->shared_inter,
+                           .max_rows = m->parts.max_rows,
+                           .n_ranks = group_size(m->parts.group),
+                           .combine = m->parts.combine,
+                           .rows = m->parts.rows};
     if (c->n_moe_layers < c->n_layers && c->dense_inter > shape.dense_inter)
         shape.dense_inter = c->dense_inter;
     TRY(experts_create(&shape, m->parts.kernels, m->parts.pool, &m->experts));
@@ -117,8 +123,12 @@ static status create_experts(model *m)
 static status create_exchange(model *m)
 {
     const model_config *c = m->parts.config;
-    exchange_shape x = {.hidden = c->hidden, .top_k = c->top_k, .max_rows = m->parts.max_rows,
-                        .n_threads = thread_pool_size(m->parts.pool), .combine = m->parts.combine, .rows = m->parts.rows};
+    exchange_shape x = {.hidden = c->hidden,
+                        .top_k = c->top_k,
+                        .max_rows = m->parts.max_rows,
+                        .n_threads = thread_pool_size(m->parts.pool),
+                        .combine = m->parts.combine,
+                        .rows = m->parts.rows};
     TRY(exchange_create(m->parts.group, &x, &m->exchange));
     m->buffer_bytes += exchange_buffer_bytes(m->exchange);
     return STATUS_OK;
@@ -146,7 +156,8 @@ status model_create(const model_parts *parts, model **out)
     m->kv_width = (size_t)c->n_kv_heads * (size_t)c->head_dim;
     m->head_rows = MAX_HEAD_FLOATS / c->vocab < 1 ? 1 : MAX_HEAD_FLOATS / c->vocab > 64 ? 64 : MAX_HEAD_FLOATS / c->vocab;
     m->math = (gate_math){.softmax = parts->kernels->softmax};
-    m->policy = (gate_policy){.n_experts = c->n_experts, .top_k = c->top_k, .score = GATE_SOFTMAX, .normalise = c->norm_topk, .scale = 1};
+    m->policy =
+        (gate_policy){.n_experts = c->n_experts, .top_k = c->top_k, .score = GATE_SOFTMAX, .normalise = c->norm_topk, .scale = 1};
     status st;
     TRY_GOTO(group_agree(parts->group, create_local(m)), fail);
     TRY_GOTO(create_exchange(m), fail);
@@ -163,9 +174,12 @@ void model_destroy(model *m)
         return;
     exchange_destroy(m->exchange);
     experts_destroy(m->experts);
-    void *all[] = {m->cos_table, m->sin_table, m->h, m->x, m->q, m->k, m->v, m->attended, m->y, m->shared, m->gate_logits,
-                   m->gate_scratch, m->head_x, m->logits, m->chosen, m->chosen_weights, m->routes, m->exponents, m->tasks,
-                   m->positions, m->layer_load};
+    void *all[] = {m->cos_table, m->sin_table, m->h,           m->x,
+                   m->q,         m->k,         m->v,           m->attended,
+                   m->y,         m->shared,    m->gate_logits, m->gate_scratch,
+                   m->head_x,    m->logits,    m->chosen,      m->chosen_weights,
+                   m->routes,    m->exponents, m->tasks,       m->positions,
+                   m->layer_load};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         free(all[i]);
     free(m);
@@ -350,12 +364,19 @@ static void attend_one(model *m, const attend_task *task, int kv_head)
     const batch_span *span = &m->batch->spans[task->span];
     int group_heads = c->n_heads / c->n_kv_heads;
     size_t row = (size_t)(span->first_row + task->row), at = (size_t)kv_head * (size_t)group_heads * (size_t)c->head_dim;
-    attend_args args = {.q = m->q + row * m->q_width + at, .q_row_stride = m->q_width,
-                        .out = m->attended + row * (m->q_width + ROW_PAD) + at, .out_row_stride = m->q_width + ROW_PAD,
-                        .n_rows = task->n_rows, .n_heads = group_heads, .head_dim = c->head_dim,
-                        .first_position = span->first_position + task->row, .window = c->window[m->layer],
-                        .scale = 1.0f / sqrtf((float)c->head_dim), .pool = kv_cache_head(m->parts.kv, m->layer, kv_head),
-                        .block_floats = kv_cache_block_floats(m->parts.kv), .block_ids = span->block_ids};
+    attend_args args = {.q = m->q + row * m->q_width + at,
+                        .q_row_stride = m->q_width,
+                        .out = m->attended + row * (m->q_width + ROW_PAD) + at,
+                        .out_row_stride = m->q_width + ROW_PAD,
+                        .n_rows = task->n_rows,
+                        .n_heads = group_heads,
+                        .head_dim = c->head_dim,
+                        .first_position = span->first_position + task->row,
+                        .window = c->window[m->layer],
+                        .scale = 1.0f / sqrtf((float)c->head_dim),
+                        .pool = kv_cache_head(m->parts.kv, m->layer, kv_head),
+                        .block_floats = kv_cache_block_floats(m->parts.kv),
+                        .block_ids = span->block_ids};
     m->parts.kernels->attend(&args);
 }
 
@@ -388,7 +409,8 @@ static void attention(model *m)
     const layer_weights *w = &m->parts.weights->layers[m->layer];
     int n = m->batch->n_rows;
     run_rows(m, pass_attn_norm, (size_t)c->hidden);
-    projection qkv[] = {{&w->q, m->q, m->q_width, w->q_bias}, {&w->k, m->k, m->kv_width, w->k_bias}, {&w->v, m->v, m->kv_width, w->v_bias}};
+    projection qkv[] = {
+        {&w->q, m->q, m->q_width, w->q_bias}, {&w->k, m->k, m->kv_width, w->k_bias}, {&w->v, m->v, m->kv_width, w->v_bias}};
     project(m->parts.pool, m->parts.kernels, qkv, 3, m->x, m->x_stride, n);
     run_rows(m, pass_prepare, m->q_width + 2 * m->kv_width);
     if (n > 0)
@@ -413,7 +435,9 @@ static void choose_row(model *m, int r, float *scratch)
     int owner = group_rank(m->parts.group);
     for (int j = 0; j < c->top_k; j++) {
         uint16_t e = m->chosen[at + (size_t)j];
-        int rank = e == GATE_NO_EXPERT ? 0 : plan_choose(m->parts.plan, m->parts.replicas, m->moe_layer, e, owner, m->turn + (uint32_t)r);
+        int rank = e == GATE_NO_EXPERT
+                       ? 0
+                       : plan_choose(m->parts.plan, m->parts.replicas, m->moe_layer, e, owner, m->turn + (uint32_t)r);
         m->routes[(size_t)r * (size_t)c->top_k + (size_t)j] =
             (route){.expert = e, .rank = (uint16_t)rank, .weight = m->chosen_weights[at + (size_t)j]};
     }

@@ -25,7 +25,7 @@ typedef struct {
 } batch;
 
 typedef struct {
-    const model_config *config;   /* all borrowed; outlive the model */
+    const model_config *config; /* all borrowed; outlive the model */
     const model_weights *weights;
     const plan *plan;
     group *group;
@@ -35,13 +35,13 @@ typedef struct {
     replica_choice replicas;
     combine_mode combine;
     row_format rows;
-    int max_rows;                 /* rows this rank may own in one step */
-    int max_length;               /* positions a sequence may have */
+    int max_rows;   /* rows this rank may own in one step */
+    int max_length; /* positions a sequence may have */
 } model_parts;
 
 typedef struct {
-    double attention_seconds, expert_seconds, head_seconds; /* computing */
-    double exchange_seconds;                                /* packing and adding up */
+    double attention_seconds, expert_seconds, head_seconds;  /* computing */
+    double exchange_seconds;                                 /* packing and adding up */
     unsigned long long expert_rows, experts_touched, layers; /* on this rank, summed over layers run */
 } model_times;
 
@@ -49,15 +49,17 @@ typedef struct model model;
 
 /* [all] */
 status model_create(const model_parts *parts, model **out);
-void model_destroy(model *m); /* NULL is fine */
+void model_destroy(model *m);              /* NULL is fine */
 size_t model_buffer_bytes(const model *m); /* activations and exchange windows */
 
 /* [all] Runs the batch (may have no rows) up to the final norm, filling the KV cache at the rows' positions. */
 status model_forward(model *m, const batch *b);
-/* Logits of some rows of the batch just run: out [n][vocab], inside the model until the next call. n <= model_head_rows(). Not collective. */
+/* Logits of some rows of the batch just run: out [n][vocab], inside the model until the next call. n <= model_head_rows(). Not
+ * collective. */
 const float *model_head(model *m, const int *rows, int n);
 int model_head_rows(const model *m);
-/* The choices of the batch just run: MoE layer l (counted among MoE layers), row r: experts and weights at [(l * max_rows + r) * top_k]. */
+/* The choices of the batch just run: MoE layer l (counted among MoE layers), row r: experts and weights at [(l * max_rows + r) *
+ * top_k]. */
 const uint16_t *model_experts(const model *m);
 const float *model_expert_weights(const model *m);
 /* [n_moe_layers] (token, expert) rows computed on this rank so far. */

@@ -73,11 +73,25 @@ static status refuse_keys(const cJSON *json, const char *where, const model_conf
         const char *key;
         double neutral;
     } foreign[] = {
-        {"embedding_multiplier", 1}, {"residual_multiplier", 1},  {"attention_multiplier", 0}, {"logits_scaling", 1},
-        {"logit_scale", 1},          {"routed_scaling_factor", 1}, {"final_logit_softcapping", 0},
-        {"attn_logit_softcapping", 0}, {"router_logit_softcapping", 0}, {"n_shared_experts", 0}, {"num_shared_experts", 0},
-        {"n_group", 1},              {"first_k_dense_replace", 0}, {"mlp_bias", 0},            {"mlp_layer_types", 0},
-        {"attention_sinks", 0},      {"q_lora_rank", 0},           {"kv_lora_rank", 0},        {"use_bias", 0},
+        {"embedding_multiplier", 1},
+        {"residual_multiplier", 1},
+        {"attention_multiplier", 0},
+        {"logits_scaling", 1},
+        {"logit_scale", 1},
+        {"routed_scaling_factor", 1},
+        {"final_logit_softcapping", 0},
+        {"attn_logit_softcapping", 0},
+        {"router_logit_softcapping", 0},
+        {"n_shared_experts", 0},
+        {"num_shared_experts", 0},
+        {"n_group", 1},
+        {"first_k_dense_replace", 0},
+        {"mlp_bias", 0},
+        {"mlp_layer_types", 0},
+        {"attention_sinks", 0},
+        {"q_lora_rank", 0},
+        {"kv_lora_rank", 0},
+        {"use_bias", 0},
     };
     for (size_t i = 0; i < sizeof foreign / sizeof *foreign; i++)
         if (!is_neutral(json, foreign[i].key, foreign[i].neutral))
@@ -143,8 +157,9 @@ static status read_head_dim(const cJSON *json, const char *where, model_config *
         TRY(get_size(json, where, "head_dim", MAX_HEAD_DIM, 0, &c->head_dim));
     } else {
         if (c->hidden % c->n_heads)
-            return status_fail(STATUS_BAD_INPUT, "%s: hidden_size %d is no multiple of num_attention_heads %d, and head_dim is missing",
-                               where, c->hidden, c->n_heads);
+            return status_fail(STATUS_BAD_INPUT,
+                               "%s: hidden_size %d is no multiple of num_attention_heads %d, and head_dim is missing", where,
+                               c->hidden, c->n_heads);
         c->head_dim = c->hidden / c->n_heads;
     }
     if (c->head_dim % 2 || c->head_dim > MAX_HEAD_DIM)
@@ -185,8 +200,8 @@ static status read_attention(const cJSON *json, const char *where, model_config 
     return STATUS_OK;
 }
 
-/* Published as num_experts or num_local_experts; transformers takes each for the other (but for qwen2_moe, where it would go on with
- * 60 and then miss tensors). */
+/* Published as num_experts or num_local_experts; transformers takes each for the other (but for qwen2_moe, where it would go on
+ * with 60 and then miss tensors). */
 static status read_n_experts(const cJSON *json, const char *where, model_config *c)
 {
     int a = 0, b = 0;
@@ -293,8 +308,8 @@ static status apply_layer_types(const cJSON *json, const char *where, int window
             if (c->family->window == 3)
                 c->window[l] = sliding ? window : 0;
             if (sliding != (c->window[l] > 0))
-                return status_fail(STATUS_UNSUPPORTED, "%s: layer_types says %s for layer %d, against the sliding window keys", where,
-                                   item->valuestring, l);
+                return status_fail(STATUS_UNSUPPORTED, "%s: layer_types says %s for layer %d, against the sliding window keys",
+                                   where, item->valuestring, l);
         }
         l++;
     }
@@ -309,7 +324,8 @@ static status read_windows(const cJSON *json, const char *where, model_config *c
     int64_t sliding_layers = c->n_layers;
     TRY(read_window_size(json, where, c, &window));
     if (c->family->window == 3)
-        TRY(json_get_int_or(json, where, "max_window_layers", 0, INT_MAX, c->family->defaults.max_window_layers, &sliding_layers));
+        TRY(json_get_int_or(json, where, "max_window_layers", 0, INT_MAX, c->family->defaults.max_window_layers,
+                            &sliding_layers));
     for (int l = 0; l < c->n_layers; l++) {
         /* transformers' rule for Qwen2-MoE: every second layer, from the first, below max_window_layers */
         bool slides = c->family->window != 3 || (l % 2 == 0 && l < sliding_layers);
@@ -340,8 +356,21 @@ static status find_rope(const cJSON *json, const char *where, const char **key, 
 static status check_rope_keys(const cJSON *rope, const char *where)
 {
     static const char *const known[] = {
-        "rope_theta", "rope_type", "type", "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow",
-        "mscale", "mscale_all_dim", "truncate", "low_freq_factor", "high_freq_factor", "partial_rotary_factor", "finetuned",
+        "rope_theta",
+        "rope_type",
+        "type",
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+        "low_freq_factor",
+        "high_freq_factor",
+        "partial_rotary_factor",
+        "finetuned",
     };
     const cJSON *item;
     cJSON_ArrayForEach(item, rope)
@@ -357,8 +386,11 @@ static status check_rope_keys(const cJSON *rope, const char *where)
 
 static status read_rope_kind(const cJSON *rope, const char *where, rope_kind *out)
 {
-    static const char *const names[] = {[ROPE_DEFAULT] = "default", [ROPE_LINEAR] = "linear", [ROPE_DYNAMIC] = "dynamic",
-                                        [ROPE_YARN] = "yarn", [ROPE_LLAMA3] = "llama3"};
+    static const char *const names[] = {[ROPE_DEFAULT] = "default",
+                                        [ROPE_LINEAR] = "linear",
+                                        [ROPE_DYNAMIC] = "dynamic",
+                                        [ROPE_YARN] = "yarn",
+                                        [ROPE_LLAMA3] = "llama3"};
     const char *name = "default";
     if (json_find(rope, "rope_type"))
         TRY(json_get_string(rope, where, "rope_type", &name));
@@ -369,8 +401,8 @@ static status read_rope_kind(const cJSON *rope, const char *where, rope_kind *ou
             *out = (rope_kind)i;
             return STATUS_OK;
         }
-    return status_fail(STATUS_UNSUPPORTED, "%s: rope type %.64s is not supported; supported are default, linear, dynamic, yarn, llama3",
-                       where, name);
+    return status_fail(STATUS_UNSUPPORTED,
+                       "%s: rope type %.64s is not supported; supported are default, linear, dynamic, yarn, llama3", where, name);
 }
 
 static status read_yarn(const cJSON *rope, const char *where, rope_config *out)

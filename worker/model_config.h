@@ -16,21 +16,22 @@ typedef enum { QK_NORM_NONE, QK_NORM_HEAD, QK_NORM_WHOLE } qk_norm_kind;
 /* What sets one model family apart, as data: one row of a table in model_family.c. Tensor names are printf patterns behind
  * "model.layers.%d."; expert patterns take the expert number. */
 typedef struct {
-    const char *model_type;  /* "qwen3_moe" */
-    const char *gate_name;   /* "mlp.gate.weight" */
+    const char *model_type;                                           /* "qwen3_moe" */
+    const char *gate_name;                                            /* "mlp.gate.weight" */
     const char *expert_gate_name, *expert_up_name, *expert_down_name; /* "mlp.experts.%d.gate_proj.weight" */
     const char *dense_gate_name, *dense_up_name, *dense_down_name;    /* layers without experts; NULL: family has none */
     const char *shared_gate_name, *shared_up_name, *shared_down_name; /* the shared expert; NULL: none */
     const char *shared_scale_name;                                    /* its sigmoid gate [1][hidden]; NULL: none */
     const char *expert_inter_key;                                     /* the config key that holds the experts' width */
     qk_norm_kind qk_norm;
-    int qkv_bias; /* 0 never, 1 always, 2 as attention_bias says (then also on the output), 3 as qkv_bias says, default on */
-    int norm_topk; /* 1 always, 2 as norm_topk_prob says (default false) */
+    int qkv_bias;      /* 0 never, 1 always, 2 as attention_bias says (then also on the output), 3 as qkv_bias says, default on */
+    int norm_topk;     /* 1 always, 2 as norm_topk_prob says (default false) */
     bool sparse_steps; /* decoder_sparse_step and mlp_only_layers apply */
     bool clip_qkv;     /* the clip_qkv key applies */
-    int window;        /* sliding window: 0 never (refused if asked), 1 sliding_window on every layer, 2 sliding_window on every layer
-                          where use_sliding_window, 3 the same on the layers that layer_types or max_window_layers name */
-    /* what transformers' configuration classes fill in when config.json leaves a key out; 0: nothing, or (heads) another key's value */
+    int window; /* sliding window: 0 never (refused if asked), 1 sliding_window on every layer, 2 sliding_window on every layer
+                   where use_sliding_window, 3 the same on the layers that layer_types or max_window_layers name */
+    /* what transformers' configuration classes fill in when config.json leaves a key out; 0: nothing, or (heads) another key's
+     * value */
     struct {
         int vocab, hidden, inter, expert_inter, shared_inter, n_layers, n_heads, n_kv_heads, n_experts, top_k, max_positions;
         int sliding_window, max_window_layers, eos_id;
@@ -48,11 +49,11 @@ typedef enum { ROPE_DEFAULT, ROPE_LINEAR, ROPE_DYNAMIC, ROPE_YARN, ROPE_LLAMA3 }
 typedef struct {
     rope_kind kind;
     double theta, factor;
-    double original_positions;                 /* original_max_position_embeddings */
-    double beta_fast, beta_slow;               /* yarn */
+    double original_positions;                       /* original_max_position_embeddings */
+    double beta_fast, beta_slow;                     /* yarn */
     double attention_factor, mscale, mscale_all_dim; /* yarn; 0: absent */
-    bool truncate;                             /* yarn */
-    double low_freq_factor, high_freq_factor;  /* llama3 */
+    bool truncate;                                   /* yarn */
+    double low_freq_factor, high_freq_factor;        /* llama3 */
 } rope_config;
 
 typedef struct {
@@ -83,6 +84,7 @@ void model_config_clear(model_config *config); /* a zeroed one is fine */
 /* cos and sin of every position's angles: [n_positions][head_dim / 2] each, allocated (free() both); already scaled by yarn's
  * attention factor. Angles are computed as transformers does (fp32 inverse frequencies, fp32 products). head_dim is even;
  * n_positions above max_positions is refused: dynamic scaling would change the angles of all positions there. */
-status rope_tables(const rope_config *rope, int head_dim, int max_positions, int n_positions, float **cos_table, float **sin_table);
+status rope_tables(const rope_config *rope, int head_dim, int max_positions, int n_positions, float **cos_table,
+                   float **sin_table);
 
 #endif

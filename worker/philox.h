@@ -1,7 +1,8 @@
 /* philox.h - a counter-based random generator: a pure function from (counter, key) to four 32-bit words.
  *
- * Philox 4x32 with 10 rounds: Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3" (SC'11), section 3.3. No state: the same
- * counter and key give the same words on every machine, in any order, so a draw can be repeated after a failure. */
+ * Philox 4x32 with 10 rounds: Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3" (SC'11), section 3.3. No
+ * state: the same counter and key give the same words on every machine, in any order, so a draw can be repeated after a failure.
+ */
 #ifndef CONVOKE_WORKER_PHILOX_H
 #define CONVOKE_WORKER_PHILOX_H
 
@@ -18,7 +19,8 @@ static inline philox_block philox4x32(philox_block counter, uint64_t key)
     for (int round = 0; round < 10; round++) {
         uint64_t p0 = (uint64_t)0xD2511F53u * c.word[0];
         uint64_t p1 = (uint64_t)0xCD9E8D57u * c.word[2];
-        c = (philox_block){{(uint32_t)(p1 >> 32) ^ c.word[1] ^ k0, (uint32_t)p1, (uint32_t)(p0 >> 32) ^ c.word[3] ^ k1, (uint32_t)p0}};
+        c = (philox_block){
+            {(uint32_t)(p1 >> 32) ^ c.word[1] ^ k0, (uint32_t)p1, (uint32_t)(p0 >> 32) ^ c.word[3] ^ k1, (uint32_t)p0}};
         k0 += 0x9E3779B9u; /* Weyl sequence: golden ratio */
         k1 += 0xBB67AE85u; /* sqrt(3) - 1 */
     }

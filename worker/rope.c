@@ -86,7 +86,8 @@ static float attention_factor(const rope_config *rope)
     return (float)yarn_mscale(rope->factor, 1);
 }
 
-status rope_tables(const rope_config *rope, int head_dim, int max_positions, int n_positions, float **cos_table, float **sin_table)
+status rope_tables(const rope_config *rope, int head_dim, int max_positions, int n_positions, float **cos_table,
+                   float **sin_table)
 {
     if (n_positions > max_positions)
         return status_fail(STATUS_UNSUPPORTED, "rope: %d positions, but the model has %d", n_positions, max_positions);

@@ -47,8 +47,11 @@ static status make_plan(runtime *r, const char *path)
     for (int l = 0, n = 0; l < c->n_layers; l++)
         if (c->moe_layer[l])
             r->layer_numbers[n++] = l;
-    plan_shape shape = {.n_ranks = group_size(r->group), .n_experts = c->n_experts, .n_layers = c->n_moe_layers,
-                        .layer_numbers = r->layer_numbers, .model_name = c->name};
+    plan_shape shape = {.n_ranks = group_size(r->group),
+                        .n_experts = c->n_experts,
+                        .n_layers = c->n_moe_layers,
+                        .layer_numbers = r->layer_numbers,
+                        .model_name = c->name};
     if (!path)
         return plan_contiguous(&shape, group_node_of_rank(r->group), &r->plan);
     TRY(plan_read(path, &shape, &r->plan));
@@ -66,7 +69,8 @@ static status bind_weights(runtime *r, const runtime_options *o)
         return status_fail(STATUS_NO_MEMORY, "no memory for the list of this rank's experts");
     for (int l = 0; l < c->n_moe_layers; l++)
         for (int e = 0; e < c->n_experts; e++)
-            holds[(size_t)r->layer_numbers[l] * (size_t)c->n_experts + (size_t)e] = plan_holds(&r->plan, l, e, group_rank(r->group));
+            holds[(size_t)r->layer_numbers[l] * (size_t)c->n_experts + (size_t)e] =
+                plan_holds(&r->plan, l, e, group_rank(r->group));
     status st = checkpoint_bind(r->checkpoint, holds, o->weights, &r->weights);
     free(holds);
     return st;
@@ -103,8 +107,15 @@ static status create_engine(runtime *r, const runtime_options *o, engine_listene
 {
     engine_limits limits = o->limits;
     TRY(group_agree(r->group, complete_limits(r, &limits)));
-    model_parts parts = {.config = &r->config, .weights = r->weights, .plan = &r->plan, .group = r->group, .pool = r->pool,
-                         .kernels = kernels_of(r->isa), .replicas = o->replicas, .combine = o->combine, .rows = o->rows};
+    model_parts parts = {.config = &r->config,
+                         .weights = r->weights,
+                         .plan = &r->plan,
+                         .group = r->group,
+                         .pool = r->pool,
+                         .kernels = kernels_of(r->isa),
+                         .replicas = o->replicas,
+                         .combine = o->combine,
+                         .rows = o->rows};
     return engine_create(&parts, &limits, listener, arg, &r->engine);
 }
 
@@ -178,7 +189,9 @@ static unsigned long long resident_now(void)
 void runtime_memory_use(const runtime *r, runtime_memory *out)
 {
     unsigned long long weights = checkpoint_resident_bytes(r->checkpoint), all = resident_now();
-    *out = (runtime_memory){.weights_share = r->weights->shared_bytes + r->weights->expert_bytes, .weights_resident = weights,
-                            .kv = engine_kv_bytes(r->engine), .buffers = model_buffer_bytes(engine_model(r->engine)),
+    *out = (runtime_memory){.weights_share = r->weights->shared_bytes + r->weights->expert_bytes,
+                            .weights_resident = weights,
+                            .kv = engine_kv_bytes(r->engine),
+                            .buffers = model_buffer_bytes(engine_model(r->engine)),
                             .process_private = all > weights ? all - weights : 0};
 }

@@ -10,13 +10,13 @@
 
 typedef struct {
     const char *model_dir;
-    const char *plan_path;     /* NULL: the contiguous plan */
-    int threads;               /* per rank; 0: the node's cores over its ranks */
+    const char *plan_path; /* NULL: the contiguous plan */
+    int threads;           /* per rank; 0: the node's cores over its ranks */
     weights_mode weights;
     combine_mode combine;
     row_format rows;
     replica_choice replicas;
-    engine_limits limits;      /* max_length 0: the model's own; kv_bytes 0: what max_sequences of max_length need, at most 1 GiB */
+    engine_limits limits; /* max_length 0: the model's own; kv_bytes 0: what max_sequences of max_length need, at most 1 GiB */
 } runtime_options;
 
 /* What each rank holds in memory, in bytes. */

@@ -18,8 +18,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define BLOCK 128
-#define LANES 16
+#define BLOCK        128
+#define LANES        16
 #define GREEDY_BELOW 1e-5f
 
 typedef struct {
@@ -206,7 +206,8 @@ status sampler_create(int vocab, sampler **out)
         s->candidates = malloc(v * sizeof *s->candidates);
         s->shuffled = malloc(v * sizeof *s->shuffled);
     }
-    if (!s || !s->edited || !s->weights || !s->block_max || !s->block_scratch || !s->block_mass || !s->candidates || !s->shuffled) {
+    if (!s || !s->edited || !s->weights || !s->block_max || !s->block_scratch || !s->block_mass || !s->candidates ||
+        !s->shuffled) {
         sampler_destroy(s);
         return status_fail(STATUS_NO_MEMORY, "no memory for sampling over %d tokens", vocab);
     }
@@ -235,8 +236,8 @@ static int block_end(int block, int vocab)
     return (block + 1) * BLOCK < vocab ? (block + 1) * BLOCK : vocab;
 }
 
-/* exp(z) for z <= 0, about 1 ulp; below -87 it is 0. Cephes' expf: z = n ln 2 + r, polynomial in r, scale by 2^n. No branches (what
- * comes out below -87 is masked away), so that the compiler turns a loop of it into vector code. */
+/* exp(z) for z <= 0, about 1 ulp; below -87 it is 0. Cephes' expf: z = n ln 2 + r, polynomial in r, scale by 2^n. No branches
+ * (what comes out below -87 is masked away), so that the compiler turns a loop of it into vector code. */
 static inline float exp_nonpositive(float z)
 {
     float t = z * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the integer lands in the low bits */
@@ -611,8 +612,8 @@ static int collect_reaching(sampler *s, const float *x, float weight)
     return n;
 }
 
-/* Top-p over everything: a floor is lowered by e until the target mass reaches it; the last token kept is then among those between
- * the last two floors, so only these are searched. */
+/* Top-p over everything: a floor is lowered by e until the target mass reaches it; the last token kept is then among those
+ * between the last two floors, so only these are searched. */
 static int collect_mass(sampler *s, const float *x, float max, float scale, double target)
 {
     for (int b = 0; b < s->n_blocks; b++)
@@ -632,8 +633,8 @@ static int collect_mass(sampler *s, const float *x, float max, float scale, doub
     return between ? drop_below(s->candidates, n, select_mass(s->shuffled, between, target - above)) : n;
 }
 
-status sampler_choose(sampler *s, const sampling_params *p, const sampler_history *history, const float *logits, uint32_t position,
-                      int n_output, int *token)
+status sampler_choose(sampler *s, const sampling_params *p, const sampler_history *history, const float *logits,
+                      uint32_t position, int n_output, int *token)
 {
     const float *x = edit_logits(s, p, history, logits, n_output);
     int best;
@@ -646,7 +647,7 @@ status sampler_choose(sampler *s, const sampling_params *p, const sampler_histor
     }
     float max = x[best], scale = 1.0f / p->temperature;
     float floor = p->min_p > 0 ? max + p->temperature * (float)log((double)p->min_p) : -INFINITY;
-    bool cut_k = p->top_k > 0 && p->top_k < s->vocab, cut_p = p->top_p > 0 && p->top_p < 1;
+    bool cut_k = p->top_k > 0 && p->top_k<s->vocab, cut_p = p->top_p> 0 && p->top_p < 1;
     double u = draw_uniform(p, position);
     if (!cut_k && !cut_p && !(p->min_p > 0)) {
         *token = draw_any(s, weigh_all(s, x, max, scale), u);
@@ -711,4 +712,3 @@ int sampler_top_logprobs(sampler *s, const float *logits, float log_sum, int n, 
     }
     return found;
 }
-

@@ -1,13 +1,15 @@
 /* sampler.h - from a row of logits to a token: pure, per sequence.
  *
- *   allowed ids -> logit bias -> min_tokens -> repetition, frequency, presence penalty -> temperature -> min-p -> top-k -> top-p -> draw
+ *   allowed ids -> logit bias -> min_tokens -> repetition, frequency, presence penalty -> temperature -> min-p -> top-k -> top-p
+ * -> draw
  *
  * The order is vLLM's (vllm/v1/sample). Equal logits: the lower id is the better one, everywhere. The draw is a
  * pure function of (seed, sequence, position): nothing else in the batch, no earlier draw and no machine changes it, so a request
  * continued elsewhere yields the same tokens. Kept tokens are walked by rising id until their probabilities pass a uniform number
  * from Philox 4x32-10 (philox.h).
  *
- * Log-probabilities are those of the model itself: log-softmax of the raw logits, before any of the above (vLLM's default, "raw_logprobs").
+ * Log-probabilities are those of the model itself: log-softmax of the raw logits, before any of the above (vLLM's default,
+ * "raw_logprobs").
  *
  * A sampler is scratch memory for one vocabulary, used by one thread at a time; nothing is allocated after its creation. */
 #ifndef CONVOKE_WORKER_SAMPLER_H
@@ -23,7 +25,8 @@ typedef struct {
     float bias; /* [-100, 100], added to the logit */
 } token_bias;
 
-/* What one sequence asks for; all zeros is greedy with nothing else. The pointers are borrowed and must live as long as the sequence. */
+/* What one sequence asks for; all zeros is greedy with nothing else. The pointers are borrowed and must live as long as the
+ * sequence. */
 typedef struct {
     float temperature;        /* 0 (or less than 1e-5): the best token, no draw */
     int top_k;                /* keep the k best; 0: all */
@@ -37,16 +40,17 @@ typedef struct {
     int n_stop_ids;
     const token_bias *biases; /* [n_biases] */
     int n_biases;
-    const int *allowed;       /* [n_allowed] only these may be chosen; NULL: all */
+    const int *allowed; /* [n_allowed] only these may be chosen; NULL: all */
     int n_allowed;
-    uint64_t seed;            /* of the request */
-    uint32_t sequence;        /* index of the sequence inside its request */
+    uint64_t seed;     /* of the request */
+    uint32_t sequence; /* index of the sequence inside its request */
 } sampling_params;
 
 /* Refuses what is out of range, naming the field (STATUS_BAD_INPUT); every token id must be below vocab. */
 status sampling_params_check(const sampling_params *params, int vocab);
 
-/* Which tokens a sequence has seen, for the penalties. Sized once for `max_tokens` distinct tokens; counting allocates nothing. */
+/* Which tokens a sequence has seen, for the penalties. Sized once for `max_tokens` distinct tokens; counting allocates nothing.
+ */
 typedef struct sampler_history sampler_history;
 
 status sampler_history_create(int max_tokens, sampler_history **out);
@@ -62,11 +66,11 @@ typedef struct sampler sampler;
 status sampler_create(int vocab, sampler **out);
 void sampler_destroy(sampler *s); /* NULL is fine */
 
-/* logits [vocab], untouched. position: of the token to come, counted from the start of the prompt. n_output: output tokens so far.
- * history: may be NULL when the params need none. params must have passed sampling_params_check(). Fails when a logit is NaN or
- * +infinity, or none is left, naming the token. */
-status sampler_choose(sampler *s, const sampling_params *params, const sampler_history *history, const float *logits, uint32_t position,
-                      int n_output, int *token);
+/* logits [vocab], untouched. position: of the token to come, counted from the start of the prompt. n_output: output tokens so
+ * far. history: may be NULL when the params need none. params must have passed sampling_params_check(). Fails when a logit is NaN
+ * or +infinity, or none is left, naming the token. */
+status sampler_choose(sampler *s, const sampling_params *params, const sampler_history *history, const float *logits,
+                      uint32_t position, int n_output, int *token);
 
 typedef struct {
     int token;

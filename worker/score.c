@@ -13,28 +13,28 @@
 
 /* A run as rank 0 sees it; the other ranks use little of it. */
 typedef struct {
-    group *group;            /* borrowed */
+    group *group; /* borrowed */
     const score_options *options;
-    model_config config;     /* rank 0's own look at it, before anything is loaded */
+    model_config config; /* rank 0's own look at it, before anything is loaded */
     token_lines lines;
-    char *domain_text;       /* names behind each other, NUL-terminated; the same on all ranks */
+    char *domain_text; /* names behind each other, NUL-terminated; the same on all ranks */
     const char **domains;
-    int n_domains;           /* the lines' own, and "none" behind them where a line names none */
+    int n_domains; /* the lines' own, and "none" behind them where a line names none */
     runtime_options runtime_options;
     runtime *runtime;
     score_line *results;
     /* --logits */
     safetensors_writer *writer;
     int *logits_index, *experts_index, *weights_index, *greedy_index; /* [n_lines] */
-    int32_t **experts;       /* [n_lines] -> [moe layers][n][k], written when the line is done */
+    int32_t **experts; /* [n_lines] -> [moe layers][n][k], written when the line is done */
     float **weights;
     routing_trace_writer *trace;
-    routing_stats *routing;  /* of all ranks */
-    status failed;           /* the first failure inside the listener */
-    console console;         /* progress, where a person looks */
+    routing_stats *routing; /* of all ranks */
+    status failed;          /* the first failure inside the listener */
+    console console;        /* progress, where a person looks */
     int n_finished;
     long long n_rows;
-    bool out_of_step;        /* this rank left the step loop alone: nothing can be agreed on any more */
+    bool out_of_step; /* this rank left the step loop alone: nothing can be agreed on any more */
     double start, ready, step_seconds;
 } score;
 
@@ -46,8 +46,8 @@ static status check_lengths(const score *s)
         const token_line *line = &s->lines.lines[i];
         if (line->n_ids + s->options->greedy > s->config.max_positions)
             return status_fail(STATUS_BAD_INPUT, "%s: line %d: %d tokens and %d new ones are more than the %d that %s takes",
-                               s->options->input_path, line->line_number, line->n_ids, s->options->greedy, s->config.max_positions,
-                               s->config.name);
+                               s->options->input_path, line->line_number, line->n_ids, s->options->greedy,
+                               s->config.max_positions, s->config.name);
     }
     return STATUS_OK;
 }
@@ -88,7 +88,8 @@ static status share_input(score *s)
     TRY(group_broadcast(s->group, &head, sizeof head));
     s->domain_text = calloc(1, head.domain_bytes + 1);
     s->domains = calloc((size_t)head.n_domains + 1, sizeof *s->domains);
-    TRY(group_agree(s->group, s->domain_text && s->domains ? STATUS_OK : status_fail(STATUS_NO_MEMORY, "no memory for the domains' names")));
+    TRY(group_agree(s->group, s->domain_text && s->domains ? STATUS_OK
+                                                           : status_fail(STATUS_NO_MEMORY, "no memory for the domains' names")));
     char *at = s->domain_text;
     for (int d = 0; d < head.n_domains && group_rank(s->group) == 0; d++)
         at = stpcpy(at, d < s->lines.n_domains ? s->lines.domains[d] : "none") + 1;
@@ -104,7 +105,8 @@ static status share_input(score *s)
     return STATUS_OK;
 }
 
-/* ---- outputs ---------------------------------------------------------------------------------------------------------------- */
+/* ---- outputs ----------------------------------------------------------------------------------------------------------------
+ */
 
 static status declare(score *s, const char *kind, int line, tensor_dtype dtype, int n_dims, const int64_t *shape, int *index)
 {
@@ -149,8 +151,12 @@ static status open_logits(score *s)
 static status open_trace(score *s)
 {
     const plan *p = runtime_plan(s->runtime);
-    routing_shape shape = {.model = s->config.name, .n_experts = s->config.n_experts, .top_k = s->config.top_k,
-                           .n_layers = s->config.n_moe_layers, .layer_numbers = p->layer_numbers, .n_domains = s->n_domains,
+    routing_shape shape = {.model = s->config.name,
+                           .n_experts = s->config.n_experts,
+                           .top_k = s->config.top_k,
+                           .n_layers = s->config.n_moe_layers,
+                           .layer_numbers = p->layer_numbers,
+                           .n_domains = s->n_domains,
                            .domains = s->domains};
     return routing_trace_writer_create(s->options->routing_path, &shape, &s->trace);
 }
@@ -188,7 +194,8 @@ static status close_outputs(score *s)
     return s->options->stats_path ? routing_stats_write(s->routing, s->options->stats_path) : STATUS_OK;
 }
 
-/* ---- events ------------------------------------------------------------------------------------------------------------------ */
+/* ---- events ------------------------------------------------------------------------------------------------------------------
+ */
 
 static int line_domain(const score *s, int line)
 {
@@ -220,8 +227,10 @@ static status take_rows(score *s, int line, const engine_event *event)
     if (event->experts && s->writer && !event->decode)
         keep_choices(s, line, event);
     for (size_t r = 0; event->experts && s->trace && r < (size_t)event->n_rows; r++)
-        TRY(routing_trace_writer_add(s->trace, &(routing_row){.experts = event->experts + r * per_row, .weights = event->weights + r * per_row,
-                                                              .sequence = line, .position = event->first_position + (int)r,
+        TRY(routing_trace_writer_add(s->trace, &(routing_row){.experts = event->experts + r * per_row,
+                                                              .weights = event->weights + r * per_row,
+                                                              .sequence = line,
+                                                              .position = event->first_position + (int)r,
                                                               .phase = event->decode ? PHASE_DECODE : PHASE_PREFILL,
                                                               .domain = line_domain(s, line)}));
     return STATUS_OK;
@@ -242,15 +251,20 @@ static void listen_event(void *arg, const engine_event *event)
                  human_rate(seconds > 0 ? (double)s->n_rows / seconds : 0, "tokens/s").text);
 }
 
-/* ---- the run ------------------------------------------------------------------------------------------------------------------ */
+/* ---- the run ------------------------------------------------------------------------------------------------------------------
+ */
 
 static status submit_all(score *s)
 {
     for (int i = 0; i < s->lines.n_lines; i++) {
         const token_line *line = &s->lines.lines[i];
-        engine_request r = {.id = (uint64_t)i, .prompt = line->ids, .n_prompt = line->n_ids, .max_new = s->options->greedy,
+        engine_request r = {.id = (uint64_t)i,
+                            .prompt = line->ids,
+                            .n_prompt = line->n_ids,
+                            .max_new = s->options->greedy,
                             .want = ENGINE_WANT_SCORE | ENGINE_IGNORE_EOS,
-                            .domain = line_domain(s, i), .owner = -1};
+                            .domain = line_domain(s, i),
+                            .owner = -1};
         r.want |= s->options->logits_path ? ENGINE_WANT_LOGITS | ENGINE_WANT_CHOICES : 0;
         r.want |= s->options->routing_path ? ENGINE_WANT_CHOICES : 0;
         status st = engine_submit(runtime_engine(s->runtime), &r);
@@ -295,17 +309,25 @@ static status run_steps(score *s)
     return st;
 }
 
-/* ---- afterwards ----------------------------------------------------------------------------------------------------------------- */
+/* ---- afterwards
+ * ----------------------------------------------------------------------------------------------------------------- */
 
 static void describe_rank(const score *s, score_rank *out)
 {
     model *m = engine_model(runtime_engine(s->runtime));
     const exchange_stats *x = exchange_get_stats(model_exchange(m));
-    *out = (score_rank){.times = *model_get_times(m), .wait_seconds = x->wait_seconds, .bytes_same_rank = x->bytes_same_rank,
-                        .bytes_same_node = x->bytes_same_node, .bytes_cross_node = x->bytes_cross_node,
-                        .return_same_node = x->return_bytes_same_node, .return_cross_node = x->return_bytes_cross_node,
-                        .header_bytes = x->header_bytes, .spills = x->spills, .spilled_rows = x->spilled_rows,
-                        .combined_rows = x->combined_rows, .step_seconds = s->step_seconds};
+    *out = (score_rank){.times = *model_get_times(m),
+                        .wait_seconds = x->wait_seconds,
+                        .bytes_same_rank = x->bytes_same_rank,
+                        .bytes_same_node = x->bytes_same_node,
+                        .bytes_cross_node = x->bytes_cross_node,
+                        .return_same_node = x->return_bytes_same_node,
+                        .return_cross_node = x->return_bytes_cross_node,
+                        .header_bytes = x->header_bytes,
+                        .spills = x->spills,
+                        .spilled_rows = x->spilled_rows,
+                        .combined_rows = x->combined_rows,
+                        .step_seconds = s->step_seconds};
     runtime_memory_use(s->runtime, &out->memory);
 }
 
@@ -353,11 +375,20 @@ static status summarise(score *s)
         memcpy(&ranks[r], parts[r], sizeof *ranks);
         memcpy(load + (size_t)r * (size_t)layers, (const char *)parts[r] + sizeof *ranks, load_bytes);
     }
-    score_summary summary = {.options = s->options, .config = runtime_config(s->runtime), .plan = runtime_plan(s->runtime),
-                             .lines = &s->lines, .results = s->results, .ranks = ranks, .n_ranks = n,
-                             .n_nodes = group_n_nodes(s->group), .threads = runtime_threads(s->runtime),
-                             .isa = kernel_isa_name(runtime_isa(s->runtime)), .exchange = exchange_name(model_exchange(engine_model(runtime_engine(s->runtime)))),
-                             .times = *engine_get_times(runtime_engine(s->runtime)), .layer_load = load, .routing = s->routing,
+    score_summary summary = {.options = s->options,
+                             .config = runtime_config(s->runtime),
+                             .plan = runtime_plan(s->runtime),
+                             .lines = &s->lines,
+                             .results = s->results,
+                             .ranks = ranks,
+                             .n_ranks = n,
+                             .n_nodes = group_n_nodes(s->group),
+                             .threads = runtime_threads(s->runtime),
+                             .isa = kernel_isa_name(runtime_isa(s->runtime)),
+                             .exchange = exchange_name(model_exchange(engine_model(runtime_engine(s->runtime)))),
+                             .times = *engine_get_times(runtime_engine(s->runtime)),
+                             .layer_load = load,
+                             .routing = s->routing,
                              .load_seconds = s->ready - s->start};
     if (s->options->json)
         st = score_print_json(&summary);
@@ -398,8 +429,8 @@ static void clear(score *s)
         if (s->weights)
             free(s->weights[i]);
     }
-    void *all[] = {s->results, s->experts, s->weights, s->logits_index, s->experts_index, s->weights_index, s->greedy_index,
-                   s->domain_text, s->domains};
+    void *all[] = {s->results,       s->experts,      s->weights,     s->logits_index, s->experts_index,
+                   s->weights_index, s->greedy_index, s->domain_text, s->domains};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         free(all[i]);
     safetensors_writer_destroy(s->writer);

@@ -11,7 +11,7 @@ typedef struct {
     runtime_options runtime; /* limits.max_length, n_domains and domains are filled in from the lines */
     const char *input_path;
     const char *logits_path, *routing_path, *stats_path; /* NULL: not wanted */
-    int greedy;              /* tokens to continue each line by */
+    int greedy;                                          /* tokens to continue each line by */
     bool json;
 } score_options;
 

@@ -20,8 +20,10 @@ static status parse(int argc, char **argv, command_line *c, options_wish *wish)
         {"model", OPTION_STRING, &c->model, .argument = "DIR", .environment = "CONVOKE_MODEL", .required = true,
          .help = "checkpoint folder in Hugging Face form"},
         {"input", OPTION_STRING, &c->input, .argument = "LINES.jsonl", .required = true, .help = "token lines to score"},
-        {"plan", OPTION_STRING, &c->plan, .argument = "PLAN.json", .help = "which ranks hold which expert (default: contiguous blocks)"},
-        {"greedy", OPTION_INT, &c->greedy, .argument = "M", .fallback = "0", .max = 1 << 20, .help = "continue each line by M tokens"},
+        {"plan", OPTION_STRING, &c->plan, .argument = "PLAN.json",
+         .help = "which ranks hold which expert (default: contiguous blocks)"},
+        {"greedy", OPTION_INT, &c->greedy, .argument = "M", .fallback = "0", .max = 1 << 20,
+         .help = "continue each line by M tokens"},
         {"logits", OPTION_STRING, &c->logits, .argument = "OUT", .help = "write logits, choices and continuations (safetensors)"},
         {"routing", OPTION_STRING, &c->routing, .argument = "OUT", .help = "write the routing trace (safetensors)"},
         {"stats", OPTION_STRING, &c->stats, .argument = "OUT", .help = "write the routing statistics (safetensors)"},
@@ -34,7 +36,8 @@ static status parse(int argc, char **argv, command_line *c, options_wish *wish)
          .help = "which copy of a replicated expert computes a row"},
         {"threads", OPTION_INT, &c->threads, .argument = "T", .environment = "CONVOKE_THREADS", .fallback = "0", .max = 1024,
          .help = "threads per rank (0: the node's cores over its ranks)"},
-        {"batch", OPTION_INT, &c->batch, .argument = "B", .fallback = "32", .min = 1, .max = 65536, .help = "sequences at once, over all ranks"},
+        {"batch", OPTION_INT, &c->batch, .argument = "B", .fallback = "32", .min = 1, .max = 65536,
+         .help = "sequences at once, over all ranks"},
         {"chunk", OPTION_INT, &c->chunk, .argument = "C", .fallback = "512", .min = 1, .max = 65536,
          .help = "prompt tokens per rank and step"},
         {"kv-bytes", OPTION_SIZE, &c->kv_bytes, .argument = "SIZE", .fallback = "0",
@@ -43,8 +46,11 @@ static status parse(int argc, char **argv, command_line *c, options_wish *wish)
          .help = "pretend that every N ranks are a node of their own (0: as it is)"},
         {"json", OPTION_FLAG, &c->json, .help = "print one JSON object instead of text"},
     };
-    const option_table table = {.name = "convoke-score", .summary = "Scores and continues token lines with a Mixture-of-Experts model under mpirun.",
-                                .version = CONVOKE_VERSION, .entries = entries, .n_entries = sizeof entries / sizeof *entries};
+    const option_table table = {.name = "convoke-score",
+                                .summary = "Scores and continues token lines with a Mixture-of-Experts model under mpirun.",
+                                .version = CONVOKE_VERSION,
+                                .entries = entries,
+                                .n_entries = sizeof entries / sizeof *entries};
     TRY(options_parse(&table, argc, argv, wish, NULL, NULL));
     if (*wish != OPTIONS_RUN)
         options_print(&table, *wish, stdout);
@@ -54,13 +60,20 @@ static status parse(int argc, char **argv, command_line *c, options_wish *wish)
 static score_options make_options(const command_line *c)
 {
     return (score_options){
-        .runtime = {.model_dir = c->model, .plan_path = c->plan, .threads = (int)c->threads,
-                    .weights = c->weights == 0 ? WEIGHTS_MAP : WEIGHTS_COPY, .combine = (combine_mode)c->combine,
+        .runtime = {.model_dir = c->model,
+                    .plan_path = c->plan,
+                    .threads = (int)c->threads,
+                    .weights = c->weights == 0 ? WEIGHTS_MAP : WEIGHTS_COPY,
+                    .combine = (combine_mode)c->combine,
                     .rows = c->rows == 0 ? ROWS_F32 : ROWS_BF16,
                     .replicas = c->replicas == 0 ? REPLICA_OWNER_FIRST : REPLICA_ROUND_ROBIN,
                     .limits = {.max_sequences = (int)c->batch, .chunk = (int)c->chunk, .kv_bytes = (size_t)c->kv_bytes}},
-        .input_path = c->input, .logits_path = c->logits, .routing_path = c->routing, .stats_path = c->stats,
-        .greedy = (int)c->greedy, .json = c->json};
+        .input_path = c->input,
+        .logits_path = c->logits,
+        .routing_path = c->routing,
+        .stats_path = c->stats,
+        .greedy = (int)c->greedy,
+        .json = c->json};
 }
 
 /* The sentence of the one rank that has it. */

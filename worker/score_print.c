@@ -8,7 +8,7 @@
 #include <stdlib.h>
 
 typedef struct {
-    double compute, exchange, wait;     /* shares of the step loop, mean over ranks */
+    double compute, exchange, wait;                                         /* shares of the step loop, mean over ranks */
     double same_rank, same_node, cross_node, back_node, back_cross, header; /* bytes over all ranks */
     double spills, spilled_rows, combined_rows;
     double prefill_per_s, decode_per_s;
@@ -99,7 +99,8 @@ static void print_scores(const score_summary *s)
     double sum;
     long n;
     sum_domain(s, -1, &sum, &n);
-    printf("score     %ld tokens predicted, mean nll %.4f, perplexity %.2f", n, n ? -sum / (double)n : 0, n ? exp(-sum / (double)n) : 0);
+    printf("score     %ld tokens predicted, mean nll %.4f, perplexity %.2f", n, n ? -sum / (double)n : 0,
+           n ? exp(-sum / (double)n) : 0);
     for (int d = 0; d < s->lines->n_domains; d++) {
         sum_domain(s, d, &sum, &n);
         printf("%s %s %.3f", d ? "," : "; nll by domain:", s->lines->domains[d], n ? -sum / (double)n : 0);
@@ -130,7 +131,8 @@ static void print_balance(const score_summary *s)
             for (int o = 0; o < s->n_ranks; o++)
                 all += (double)s->layer_load[(size_t)o * (size_t)layers + (size_t)l];
             int width = (int)lround(ratio(load * s->n_ranks, all) * (s->n_ranks > 4 ? 6 : 12));
-            printf(" %d|%.*s%.*s", r, width > 24 ? 24 : width, "########################", width > 20 ? 0 : 20 - width, "                    ");
+            printf(" %d|%.*s%.*s", r, width > 24 ? 24 : width, "########################", width > 20 ? 0 : 20 - width,
+                   "                    ");
         }
         printf(" %.2f\n", layer_imbalance(s, l));
     }
@@ -167,7 +169,8 @@ static void print_memory(const score_summary *s)
     const double mb = 1e6;
     for (int r = 0; r < s->n_ranks; r++) {
         const runtime_memory *m = &s->ranks[r].memory;
-        printf("memory    rank %d: weights %.1f MB (its share %.1f), KV budget %.1f MB, buffers %.1f MB, everything but weights %.1f MB in use\n",
+        printf("memory    rank %d: weights %.1f MB (its share %.1f), KV budget %.1f MB, buffers %.1f MB, everything but weights "
+               "%.1f MB in use\n",
                r, (double)m->weights_resident / mb, (double)m->weights_share / mb, (double)m->kv / mb, (double)m->buffers / mb,
                (double)m->process_private / mb);
     }
@@ -178,19 +181,21 @@ void score_print_text(const score_summary *s)
     for (int i = 0; i < s->lines->n_lines; i++)
         print_line(s, i);
     totals t = add_up(s);
-    printf("\nmodel     %s (%s); ranks %d, nodes %d, threads per rank %d; %s, plan %s, combine %s, exchange %s\n", s->config->name,
-           s->config->family->model_type, s->n_ranks, s->n_nodes, s->threads, s->isa, s->plan->name, combine_name(s->options->runtime.combine),
-           s->exchange);
+    printf("\nmodel     %s (%s); ranks %d, nodes %d, threads per rank %d; %s, plan %s, combine %s, exchange %s\n",
+           s->config->name, s->config->family->model_type, s->n_ranks, s->n_nodes, s->threads, s->isa, s->plan->name,
+           combine_name(s->options->runtime.combine), s->exchange);
     print_scores(s);
     printf("speed     prefill %.0f tokens/s (%llu tokens, %.2f s), decode %.0f tokens/s (%llu tokens, %.2f s), ready in %.2f s\n",
            t.prefill_per_s, s->times.prefill_rows, s->times.prefill_seconds, t.decode_per_s, s->times.decode_rows,
            s->times.decode_seconds, s->load_seconds);
     printf("step      %.0f %% computing, %.0f %% exchanging, %.0f %% waiting, %.0f %% other\n", 100 * t.compute, 100 * t.exchange,
            100 * t.wait, 100 * fmax(0, 1 - t.compute - t.exchange - t.wait));
-    printf("rows      %.2f MB stayed on their rank; out %.2f MB same node, %.2f MB cross node; back %.2f and %.2f MB; headers %.2f MB\n",
+    printf("rows      %.2f MB stayed on their rank; out %.2f MB same node, %.2f MB cross node; back %.2f and %.2f MB; headers "
+           "%.2f MB\n",
            t.same_rank / 1e6, t.same_node / 1e6, t.cross_node / 1e6, t.back_node / 1e6, t.back_cross / 1e6, t.header / 1e6);
     if (s->options->runtime.combine == COMBINE_FIXED)
-        printf("fixed     %.0f of %.0f rows had an element out of range (%.0f elements)\n", t.spilled_rows, t.combined_rows, t.spills);
+        printf("fixed     %.0f of %.0f rows had an element out of range (%.0f elements)\n", t.spilled_rows, t.combined_rows,
+               t.spills);
     print_balance(s);
     print_hot_experts(s);
     print_memory(s);

@@ -30,8 +30,8 @@ typedef struct {
 } helper;
 
 struct thread_pool {
-    _Alignas(CACHE_LINE) _Atomic uint32_t epoch; /* moves once per run; helpers wait on it */
-    _Atomic uint32_t sleepers;                   /* helpers that may be asleep */
+    _Alignas(CACHE_LINE) _Atomic uint32_t epoch;   /* moves once per run; helpers wait on it */
+    _Atomic uint32_t sleepers;                     /* helpers that may be asleep */
     _Alignas(CACHE_LINE) _Atomic uint32_t running; /* helpers that have not finished this run; the caller waits on it */
     _Atomic uint32_t caller_sleeps;
     _Alignas(CACHE_LINE) thread_pool_fn fn; /* NULL: end */

@@ -1,7 +1,7 @@
 /* token_lines.h - a .jsonl file of token ids: {"token_ids": [1, 2, 3], "domain": "math", "id": "q-17"} on each line.
  *
- * domain and id may be missing; other keys are passed over; empty lines are skipped. A line with text but no token ids is refused, as
- * the tokenizer is not here. Sentences name file and line. */
+ * domain and id may be missing; other keys are passed over; empty lines are skipped. A line with text but no token ids is
+ * refused, as the tokenizer is not here. Sentences name file and line. */
 #ifndef CONVOKE_WORKER_TOKEN_LINES_H
 #define CONVOKE_WORKER_TOKEN_LINES_H
 
@@ -9,12 +9,12 @@
 
 #include <stddef.h>
 
-#define TOKEN_LINE_MAX_BYTES ((size_t)4 << 20)
-#define TOKEN_LINES_MAX 10000000
+#define TOKEN_LINE_MAX_BYTES    ((size_t)4 << 20)
+#define TOKEN_LINES_MAX         10000000
 #define TOKEN_LINES_MAX_DOMAINS 65535 /* a trace numbers them in 16 bits */
 
 typedef struct {
-    int *ids;        /* [n_ids], at least one, each in [0, vocab) */
+    int *ids; /* [n_ids], at least one, each in [0, vocab) */
     int n_ids;
     int domain;      /* index into domains; -1: none */
     char *id;        /* NULL: none */
