@@ -186,6 +186,10 @@ static void check_family(const char *family)
                 score_family(ranks, family, more, in_scratch("many"));
                 assert_same_file(in_scratch("alone"), in_scratch("many"));
             }
+        setenv("CONVOKE_ISA", "scalar", 1); /* the last plan, four ranks with replicas, by the other instruction set */
+        score_family(4, family, more, in_scratch("many"));
+        unsetenv("CONVOKE_ISA");
+        assert_same_file(in_scratch("alone"), in_scratch("many"));
     }
 }
 
