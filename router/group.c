@@ -10,6 +10,7 @@
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 #define BOARD_BYTES ((size_t)256 << 10)
@@ -414,8 +415,10 @@ void group_destroy(group *g)
 
 void group_abort(group *g, int exit_code)
 {
-    if (g && g->peers.reported) /* who sees this rank end need not say so again */
-        atomic_store(g->peers.reported, 1);
+    /* Who sees this rank end need not say so again. If another rank of the node is about to say why the job ends, it gets the time:
+     * MPI_Abort would end it in the middle of its sentence. */
+    if (g && g->peers.reported && atomic_exchange(g->peers.reported, 1) == 1 && !node_reports_here())
+        nanosleep(&(struct timespec){.tv_nsec = 200 * 1000000}, NULL);
     if (g && g->links)
         group_mpi_abort(g, exit_code);
     _exit(exit_code);

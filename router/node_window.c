@@ -74,9 +74,19 @@ static bool peer_lives(const node_peers *peers, int i)
     return poll(&fd, 1, 0) <= 0; /* a pidfd turns readable when its process has ended */
 }
 
+static _Atomic bool reports_here;
+
 static bool first_to_report(const node_peers *peers)
 {
-    return !peers->reported || atomic_exchange(peers->reported, 1) == 0;
+    bool first = !peers->reported || atomic_exchange(peers->reported, 1) == 0;
+    if (first)
+        atomic_store(&reports_here, true);
+    return first;
+}
+
+bool node_reports_here(void)
+{
+    return reports_here;
 }
 
 static const char *reason_text(const wait_reason *why, char *text, size_t size)

@@ -42,6 +42,8 @@ typedef struct {
     uint32_t number;
 } wait_reason;
 
+/* Whether this process is the one of its node that says why the job ends. */
+bool node_reports_here(void);
 /* STATUS_PEER_LOST when a peer of this node is gone, STATUS_STOPPED after SIGTERM (either only on the rank that says so first,
  * else STATUS_ELSEWHERE); `since` is clock_seconds() at the start of the wait. */
 status node_peers_watch(const node_peers *peers, const wait_reason *why, double since);
