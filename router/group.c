@@ -415,10 +415,10 @@ void group_destroy(group *g)
 
 void group_abort(group *g, int exit_code)
 {
-    /* Who sees this rank end need not say so again. If another rank of the node is about to say why the job ends, it gets the time:
-     * MPI_Abort would end it in the middle of its sentence. */
-    if (g && g->peers.reported && atomic_exchange(g->peers.reported, 1) == 1 && !node_reports_here())
-        nanosleep(&(struct timespec){.tv_nsec = 200 * 1000000}, NULL);
+    /* Who sees this rank end need not say so again. MPI_Abort ends all ranks at once and what their pipes still hold is lost: the
+     * sentence gets the time to reach mpirun, and the rank that is still about to say it gets more. */
+    bool others_speak = g && g->peers.reported && atomic_exchange(g->peers.reported, 1) == 1 && !node_reports_here();
+    nanosleep(&(struct timespec){.tv_nsec = others_speak ? 500000000 : 150000000}, NULL);
     if (g && g->links)
         group_mpi_abort(g, exit_code);
     _exit(exit_code);
