@@ -1,5 +1,7 @@
 #include "worker/experts.h"
 
+#include "worker/buffers.h"
+
 #include <stdlib.h>
 #include <string.h>
 
@@ -61,16 +63,6 @@ static size_t max_products(const experts_shape *s)
     return (size_t)s->n_ranks * (size_t)s->max_rows * (size_t)s->top_k;
 }
 
-static void *take(experts *e, size_t bytes)
-{
-    void *p = NULL;
-    bytes = (bytes + 63) & ~(size_t)63;
-    if (posix_memalign(&p, 64, bytes ? bytes : 64) != 0)
-        return NULL;
-    e->buffer_bytes += bytes;
-    return p;
-}
-
 status experts_create(const experts_shape *shape, const kernel_table *kernels, thread_pool *pool, experts **out)
 {
     experts *e = calloc(1, sizeof *e);
@@ -85,13 +77,13 @@ status experts_create(const experts_shape *shape, const kernel_table *kernels, t
     size_t dense_act = (size_t)shape->max_rows * (size_t)(shape->dense_inter + ROW_PAD);
     e->x_stride = (size_t)shape->hidden + ROW_PAD;
     e->tile_floats = 2 * TILE_FLOATS + (size_t)TILE_ROWS * (size_t)shape->hidden;
-    e->products = take(e, max_products(shape) * sizeof *e->products);
-    e->expert_start = take(e, (n + 1) * sizeof *e->expert_start);
-    e->home_count = take(e, n * sizeof *e->home_count);
-    e->segments = take(e, n * sizeof *e->segments);
-    e->x = take(e, (size_t)e->capacity * e->x_stride * sizeof(float));
-    e->act = take(e, (expert_act > dense_act ? expert_act : dense_act) * sizeof(float));
-    e->tiles = take(e, (size_t)thread_pool_size(pool) * e->tile_floats * sizeof(float));
+    e->products = buffer_take(1, max_products(shape) * sizeof *e->products, &e->buffer_bytes);
+    e->expert_start = buffer_take(1, (n + 1) * sizeof *e->expert_start, &e->buffer_bytes);
+    e->home_count = buffer_take(1, n * sizeof *e->home_count, &e->buffer_bytes);
+    e->segments = buffer_take(1, n * sizeof *e->segments, &e->buffer_bytes);
+    e->x = buffer_take(1, (size_t)e->capacity * e->x_stride * sizeof(float), &e->buffer_bytes);
+    e->act = buffer_take(1, (expert_act > dense_act ? expert_act : dense_act) * sizeof(float), &e->buffer_bytes);
+    e->tiles = buffer_take(1, (size_t)thread_pool_size(pool) * e->tile_floats * sizeof(float), &e->buffer_bytes);
     if (!e->products || !e->expert_start || !e->home_count || !e->segments || !e->x || !e->act || !e->tiles) {
         experts_destroy(e);
         return status_fail(STATUS_NO_MEMORY, "no memory for the experts' buffers");

@@ -8,6 +8,7 @@
 
 #include "proto/clock.h"
 #include "router/gate.h"
+#include "worker/buffers.h"
 #include "worker/experts.h"
 
 #include <math.h>
@@ -57,16 +58,6 @@ struct model {
     status failed;
 };
 
-static void *take(model *m, size_t n, size_t size)
-{
-    void *p = NULL;
-    size_t bytes = (n * size + 63) & ~(size_t)63;
-    if (posix_memalign(&p, 64, bytes ? bytes : 64) != 0)
-        return NULL;
-    m->buffer_bytes += bytes;
-    return p;
-}
-
 /* ---- creation ---------------------------------------------------------------------------------------------------------- */
 
 static status take_buffers(model *m)
@@ -75,24 +66,24 @@ static status take_buffers(model *m)
     size_t rows = (size_t)m->parts.max_rows, hidden = (size_t)c->hidden, k = (size_t)c->top_k;
     size_t moe = (size_t)c->n_moe_layers, threads = (size_t)thread_pool_size(m->parts.pool);
     size_t widest = m->q_width > hidden ? m->q_width : hidden;
-    m->h = take(m, rows * hidden, sizeof(float));
-    m->x = take(m, rows * m->x_stride, sizeof(float));
-    m->q = take(m, rows * m->q_width, sizeof(float));
-    m->k = take(m, rows * m->kv_width, sizeof(float));
-    m->v = take(m, rows * m->kv_width, sizeof(float));
-    m->attended = take(m, rows * (widest + ROW_PAD), sizeof(float));
-    m->y = take(m, rows * hidden, sizeof(float));
-    m->shared = take(m, rows * hidden, sizeof(float));
-    m->gate_logits = take(m, rows * (size_t)c->n_experts, sizeof(float));
-    m->gate_scratch = take(m, threads * 3 * (size_t)c->n_experts, sizeof(float));
-    m->head_x = take(m, (size_t)m->head_rows * m->x_stride, sizeof(float));
-    m->logits = take(m, (size_t)m->head_rows * (size_t)c->vocab, sizeof(float));
-    m->chosen = take(m, moe * rows * k, sizeof *m->chosen);
-    m->chosen_weights = take(m, moe * rows * k, sizeof(float));
-    m->routes = take(m, rows * k, sizeof *m->routes);
-    m->exponents = take(m, rows, sizeof *m->exponents);
-    m->tasks = take(m, 2 * rows + 1, sizeof *m->tasks);
-    m->positions = take(m, rows, sizeof *m->positions);
+    m->h = buffer_take(rows * hidden, sizeof(float), &m->buffer_bytes);
+    m->x = buffer_take(rows * m->x_stride, sizeof(float), &m->buffer_bytes);
+    m->q = buffer_take(rows * m->q_width, sizeof(float), &m->buffer_bytes);
+    m->k = buffer_take(rows * m->kv_width, sizeof(float), &m->buffer_bytes);
+    m->v = buffer_take(rows * m->kv_width, sizeof(float), &m->buffer_bytes);
+    m->attended = buffer_take(rows * (widest + ROW_PAD), sizeof(float), &m->buffer_bytes);
+    m->y = buffer_take(rows * hidden, sizeof(float), &m->buffer_bytes);
+    m->shared = buffer_take(rows * hidden, sizeof(float), &m->buffer_bytes);
+    m->gate_logits = buffer_take(rows * (size_t)c->n_experts, sizeof(float), &m->buffer_bytes);
+    m->gate_scratch = buffer_take(threads * 3 * (size_t)c->n_experts, sizeof(float), &m->buffer_bytes);
+    m->head_x = buffer_take((size_t)m->head_rows * m->x_stride, sizeof(float), &m->buffer_bytes);
+    m->logits = buffer_take((size_t)m->head_rows * (size_t)c->vocab, sizeof(float), &m->buffer_bytes);
+    m->chosen = buffer_take(moe * rows * k, sizeof *m->chosen, &m->buffer_bytes);
+    m->chosen_weights = buffer_take(moe * rows * k, sizeof(float), &m->buffer_bytes);
+    m->routes = buffer_take(rows * k, sizeof *m->routes, &m->buffer_bytes);
+    m->exponents = buffer_take(rows, sizeof *m->exponents, &m->buffer_bytes);
+    m->tasks = buffer_take(2 * rows + 1, sizeof *m->tasks, &m->buffer_bytes);
+    m->positions = buffer_take(rows, sizeof *m->positions, &m->buffer_bytes);
     m->layer_load = calloc(moe + 1, sizeof *m->layer_load);
     if (!m->h || !m->x || !m->q || !m->k || !m->v || !m->attended || !m->y || !m->shared || !m->gate_logits || !m->gate_scratch ||
         !m->head_x || !m->logits || !m->chosen || !m->chosen_weights || !m->routes || !m->exponents || !m->tasks ||
