@@ -2,9 +2,10 @@
 # install-packages.sh [build|test] - installs the Debian packages that building (or also testing) needs, and only those that are
 # missing: with all of them there it asks nobody, so it works offline. As root, or with sudo.
 set -eu
-build="gcc libc6-dev cmake ninja-build pkg-config openmpi-bin libopenmpi-dev libcjson-dev libcmocka-dev"
+build="gcc libc6-dev cmake ninja-build pkg-config openmpi-bin libopenmpi-dev libcjson-dev libcmocka-dev \
+libgrpc-dev libprotobuf-c-dev protobuf-c-compiler protobuf-compiler libpcre2-dev libutf8proc-dev libsqlite3-dev libmicrohttpd-dev"
 # clang: the fuzzers; iproute2: two hosts on one machine; libsimde-dev: AVX-512 kernels on machines without it.
-test="clang libclang-rt-dev iproute2 libsimde-dev"
+test="clang libclang-rt-dev iproute2 libsimde-dev python3-grpcio python3-protobuf python3-venv"
 
 case ${1:-build} in
 build) wanted=$build ;;
