@@ -144,7 +144,7 @@ static status create_routing(engine *e)
                            .layer_numbers = e->parts.plan->layer_numbers,
                            .n_domains = e->limits.n_domains,
                            .domains = e->limits.domains};
-    return routing_stats_create(&shape, true, &e->routing);
+    return routing_stats_create(&shape, e->limits.count_pairs, &e->routing);
 }
 
 static status create_all(engine *e)
@@ -348,6 +348,26 @@ status engine_cancel(engine *e, uint64_t id)
     }
     e->cancels[e->n_cancels++] = id;
     return STATUS_OK;
+}
+
+status engine_hold(engine *e, uint64_t id, bool hold)
+{
+    (void)e, (void)id, (void)hold;
+    return status_fail(STATUS_UNSUPPORTED, "holding a sequence back");
+}
+
+status engine_clear_prefix_cache(engine *e)
+{
+    (void)e;
+    return STATUS_OK;
+}
+
+void engine_get_counters(const engine *e, engine_counters *out)
+{
+    *out = (engine_counters){.n_running = e->n_live, .max_running = e->limits.max_sequences, .kv_free_of_rank = e->free_blocks};
+    for (const queued *q = e->queue; q; q = q->next)
+        out->n_waiting++;
+    out->n_steps = e->times.steps;
 }
 
 bool engine_busy(const engine *e)

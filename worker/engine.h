@@ -1,13 +1,15 @@
 /* engine.h - the workers' step loop: sequences join and leave between steps, all ranks in lock step.
  *
- *   leader (rank 0)                                   every rank
- *   submit, cancel ─► queue ─admit─► step message ──► sequences ─► batch ─► model ─► logits ─► tokens
- *   listener ◄── events ◄──────────── reports ◄──────────────────────────────────────────────────┘
+ *   leader (rank 0)                                             every rank
+ *   submit, cancel, hold ─► scheduler ─► step message ─────────► sequences ─► rows ─► model ─► logits ─► tokens
+ *   listener ◄── events ◄── scheduler ◄────────────── reports ◄─────────────────────────────────────────┘
  *
  * Whoever leads (convoke-score, a coordinator's worker) submits requests on rank 0 and calls engine_step() while engine_busy();
- * the other ranks call engine_follow(). Events arrive in the listener on rank 0, inside engine_step(), sequence by sequence in
- * token order. A request is admitted when its owner has a free place and KV blocks for its whole length, so nothing that runs
- * is ever pushed out. Tokens depend on the request alone (model.h, sampler.h). */
+ * the other ranks call engine_follow(). Events arrive in the listener on rank 0, inside engine_step() (those of a request that
+ * leaves the queue unserved inside engine_cancel()), sequence by sequence in token order; what they point to is valid inside the
+ * listener. Which sequences run, where, and how many rows each, the leader decides (scheduler.h); a sequence may be pushed out of
+ * the KV cache and computed again later, which its listener never notices but for a second STARTED. Tokens and everything else
+ * that is reported depend on the request alone (model.h, sampler.h). */
 #ifndef CONVOKE_WORKER_ENGINE_H
 #define CONVOKE_WORKER_ENGINE_H
 
@@ -16,11 +18,20 @@
 #include "worker/sampler.h"
 
 enum {
-    ENGINE_WANT_SCORE = 1,   /* the log-probability of each prompt token given those before it */
-    ENGINE_WANT_LOGITS = 2,  /* logits after every prompt token */
-    ENGINE_WANT_CHOICES = 4, /* chosen experts and weights of every row */
-    ENGINE_IGNORE_EOS = 8,   /* the model's end-of-sequence tokens do not end this sequence */
+    ENGINE_WANT_SCORE = 1,            /* ROWS: the log-probability of each prompt token given those before it */
+    ENGINE_WANT_LOGITS = 2,           /* ROWS: logits after every prompt token */
+    ENGINE_WANT_CHOICES = 4,          /* ROWS: chosen experts and weights of every row */
+    ENGINE_IGNORE_EOS = 8,            /* the model's end-of-sequence tokens do not end this sequence */
+    ENGINE_WANT_PROMPT_LOGPROBS = 16, /* PROMPT: log-probability and rank of each prompt token but the first */
 };
+
+/* Which other tokens' log-probabilities are wanted beside each token's own: one of the three, or (all zeros) none. */
+typedef struct {
+    int top_n;          /* the n most probable */
+    const int32_t *ids; /* [n_ids] these; copied */
+    int n_ids;
+    bool all; /* the whole vocabulary */
+} engine_candidates;
 
 typedef struct {
     uint64_t id;           /* the submitter's; unique among live requests */
@@ -28,29 +39,60 @@ typedef struct {
     int n_prompt;
     int n_prior;              /* the last n_prior of them are this request's own earlier output (it is being continued) */
     int max_new;              /* tokens to generate at most; 0: only run the prompt */
-    sampling_params sampling; /* its stop_ids end the sequence too; arrays copied */
+    sampling_params sampling; /* its stop_ids end the sequence too; arrays copied; min_tokens counts earlier output too */
     unsigned want;
-    int domain; /* for the routing statistics */
-    int owner;  /* rank that keeps its KV cache; -1: the least busy */
+    int domain;               /* for the routing statistics */
+    int owner;                /* rank that keeps its KV cache; -1: chosen here */
+    int priority;             /* lower goes first */
+    uint64_t client;          /* fair between these at equal priority */
+    uint64_t arrival;         /* older (lower) first among equals; 0: in order of submission, behind those that name one */
+    bool bypass_prefix_cache; /* neither look prefixes up nor leave any */
+    const void *cache_salt;   /* [salt_size] bytes; prefixes are shared between equal salts only; copied */
+    int salt_size;
+    engine_candidates prompt_candidates; /* in PROMPT events, which they ask for */
+    engine_candidates output_candidates; /* in TOKEN events */
 } engine_request;
 
-typedef enum { ENGINE_EVENT_ROWS, ENGINE_EVENT_TOKEN, ENGINE_EVENT_FINISHED } engine_event_kind;
-typedef enum { ENGINE_FINISH_LENGTH, ENGINE_FINISH_STOP, ENGINE_FINISH_CANCELLED } engine_finish;
+typedef enum {
+    ENGINE_EVENT_ROWS,     /* rows have run, for those who want scores, logits or choices */
+    ENGINE_EVENT_STARTED,  /* left the queue; again after a preemption */
+    ENGINE_EVENT_PROMPT,   /* log-probabilities of prompt tokens */
+    ENGINE_EVENT_TOKEN,    /* a token was generated */
+    ENGINE_EVENT_FINISHED, /* the last event of a request */
+} engine_event_kind;
+typedef enum {
+    ENGINE_FINISH_LENGTH,
+    ENGINE_FINISH_STOP,
+    ENGINE_FINISH_CANCELLED,
+    ENGINE_FINISH_FAILED, /* this sequence alone; `reason` says why */
+} engine_finish;
 
 typedef struct {
     uint64_t id;
     engine_event_kind kind;
+    /* STARTED */
+    int owner;
+    int n_cached; /* tokens of the prompt found in the prefix cache (after a preemption: of all tokens so far) */
     /* TOKEN */
     int32_t token;
+    int rank; /* 1: the most probable */
     float logprob;
+    /* TOKEN: n_candidates of them; PROMPT: those of all rows behind each other, candidates_of_row [n_rows] says how many each */
+    const token_logprob *candidates; /* best first (ids: in the order asked, all: by id) */
+    int n_candidates;
+    const int *candidates_of_row;
     /* FINISHED */
     engine_finish finish;
-    /* ROWS: positions first_position .. + n_rows - 1 have run */
+    const char *reason; /* NULL unless FAILED */
+    /* PROMPT: of the prompt tokens at first_position .. + n_rows - 1; position 0 has none, earlier output (n_prior) is left out.
+     * ROWS: these positions have run */
     int first_position, n_rows;
+    const token_logprob *logprobs; /* PROMPT [n_rows] */
+    /* ROWS */
     bool decode;             /* the row's token was generated, not given */
     int n_scored;            /* prompt tokens scored by these rows */
     double sum_logprob;      /* of them */
-    const float *logits;     /* [n_rows][vocab]; NULL unless wanted; valid inside the listener */
+    const float *logits;     /* [n_rows][vocab]; NULL unless wanted */
     const uint16_t *experts; /* [n_rows][moe layers][top_k], likewise */
     const float *weights;
 } engine_event;
@@ -58,18 +100,40 @@ typedef struct {
 typedef void (*engine_listener)(void *arg, const engine_event *event);
 
 typedef struct {
-    int max_sequences; /* running at once, over all ranks */
-    int chunk;         /* prefill rows per rank and step */
-    int max_length;    /* longest sequence, prompt and output; at most the model's own limit */
-    size_t kv_bytes;   /* per rank */
-    int n_domains;     /* for the routing statistics */
+    int max_sequences;   /* running at once, over all ranks */
+    int chunk;           /* prefill rows per rank and step, at most */
+    int max_length;      /* longest sequence, prompt and output; at most the model's own limit */
+    size_t kv_bytes;     /* per rank */
+    double step_seconds; /* while sequences decode, prompts get rows as long as a step takes no longer than this; 0: chosen by
+                            measurement; ENGINE_NO_BUDGET: `chunk` alone decides */
+    bool prefix_cache;
+    bool count_pairs; /* the routing statistics hold pairs of experts, not only P */
+    int n_domains;    /* for the routing statistics */
     const char *const *domains;
 } engine_limits;
+#define ENGINE_NO_BUDGET 1e9
 
 typedef struct {
     double prefill_seconds, decode_seconds; /* steps with any prompt rows; steps with generated rows only */
     unsigned long long prefill_rows, decode_rows, mixed_decode_rows, steps; /* mixed: decode rows in prefill steps */
 } engine_times;                                                             /* leader's clock, all ranks' rows */
+
+/* What a monitor wants to see. Arrays belong to the engine and change with the next step; counts are of the engine's whole life
+ * unless said otherwise. */
+typedef struct {
+    int n_running, n_waiting, max_running;
+    unsigned long long n_preempted, n_steps;
+    unsigned long long prefix_queries, prefix_hits; /* prompt tokens looked up; found */
+    const int *kv_free_of_rank;                     /* [n_ranks] blocks no running sequence uses, cached ones among them */
+    const int *kv_blocks_of_rank;                   /* [n_ranks] all */
+    int last_prefill_rows, last_decode_rows;        /* of the last step, all ranks */
+    double last_seconds;
+    const unsigned long long *rows_of_rank; /* [n_ranks] (token, expert) rows computed */
+    const double *lateness_of_rank;         /* [n_ranks] seconds: in each step the rank that waited least in the exchange is taken
+                                               for the one the others waited for, by as much as they waited longer on average */
+    unsigned long long link_bytes[3];       /* rows and results: same rank, same node, cross node, all ranks */
+    const double *load_max_over_mean; /* [moe layers] busiest rank over mean, over about the last 100 steps; 1: nothing yet */
+} engine_counters;
 
 typedef struct engine engine;
 
@@ -80,7 +144,14 @@ void engine_destroy(engine *e); /* NULL is fine */
 /* Rank 0. Refuses with a sentence what can never run (too long, ids outside the vocabulary, KV budget too small, bad sampling).
  */
 status engine_submit(engine *e, const engine_request *request);
-status engine_cancel(engine *e, uint64_t id); /* unknown ids are ignored: it may just have finished */
+/* Rank 0. A running sequence ends at the next step and gives its KV blocks back; unknown ids are ignored: it may just have
+ * finished. */
+status engine_cancel(engine *e, uint64_t id);
+/* Rank 0. A held sequence gets no rows until it is let go, and is the first to lose its KV blocks when others need them. */
+status engine_hold(engine *e, uint64_t id, bool hold);
+/* Rank 0. Forgets all prefixes; running sequences go on. */
+status engine_clear_prefix_cache(engine *e);
+/* Whether a step would do anything; false when all that is left is held. */
 bool engine_busy(const engine *e);
 /* [all] One step. */
 status engine_step(engine *e);
@@ -91,7 +162,8 @@ status engine_follow(engine *e);
 
 model *engine_model(engine *e);
 const engine_times *engine_get_times(const engine *e);
-const routing_stats *engine_routing(const engine *e); /* this rank's rows */
+void engine_get_counters(const engine *e, engine_counters *out); /* rank 0 */
+const routing_stats *engine_routing(const engine *e);            /* this rank's rows, each position of a request once */
 size_t engine_kv_bytes(const engine *e);
 int engine_max_rows(const engine *e);
 

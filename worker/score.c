@@ -100,6 +100,8 @@ static status share_input(score *s)
     s->n_domains = head.n_domains;
     s->runtime_options = s->options->runtime;
     s->runtime_options.limits.max_length = head.max_length;
+    s->runtime_options.limits.step_seconds = ENGINE_NO_BUDGET; /* nobody waits for the next token */
+    s->runtime_options.limits.count_pairs = s->options->stats_path != NULL;
     s->runtime_options.limits.n_domains = head.n_domains;
     s->runtime_options.limits.domains = s->domains;
     return STATUS_OK;
@@ -351,7 +353,8 @@ out:
 
 static status create_total(score *s)
 {
-    return routing_stats_create(routing_stats_shape(engine_routing(runtime_engine(s->runtime))), true, &s->routing);
+    return routing_stats_create(routing_stats_shape(engine_routing(runtime_engine(s->runtime))), s->options->stats_path != NULL,
+                                &s->routing);
 }
 
 /* Every rank's account to rank 0, which prints. */
