@@ -91,6 +91,7 @@ typedef struct {
     const char *cache_salt; /* NULL: none */
     int priority;           /* lower goes first */
     int owner;              /* data-parallel rank; -1: any */
+    int linger_ms; /* how long it goes on without a reader when the one that owns it closes early, so that Attach finds it */
 } request_wish;
 
 /* Accepts a request: after this it runs, whatever happens to workers, until it is finished, cancelled or times out. *out is
