@@ -1,0 +1,231 @@
+#include "proto/control.h"
+
+#include "proto/frame.h"
+
+#include <ctype.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/random.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+/* ---- the secret ---- */
+
+static status check_secret_file(const char *path, int fd)
+{
+    struct stat st;
+    if (fstat(fd, &st) != 0)
+        return status_fail(STATUS_IO, "%s: %s", path, strerror(errno));
+    if (S_ISDIR(st.st_mode))
+        return status_fail(STATUS_BAD_INPUT, "%s: a folder, not a secret", path);
+    if (!S_ISREG(st.st_mode))
+        return STATUS_OK; /* a pipe belongs to whoever made it */
+    if (st.st_mode & 077)
+        return status_fail(STATUS_BAD_INPUT, "%s: others may read or write this secret (mode %03o): chmod 600 it", path,
+                           (unsigned)(st.st_mode & 0777));
+    if (st.st_uid != geteuid() && geteuid() != 0)
+        return status_fail(STATUS_BAD_INPUT, "%s: this secret belongs to user %u", path, (unsigned)st.st_uid);
+    return STATUS_OK;
+}
+
+/* *n bytes of what the descriptor gives until its end, at most `size`. */
+static status read_all(const char *path, int fd, char *text, size_t size, size_t *n)
+{
+    *n = 0;
+    while (*n < size) {
+        ssize_t got = read(fd, text + *n, size - *n);
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got < 0)
+            return status_fail(STATUS_IO, "%s: %s", path, strerror(errno));
+        if (got == 0)
+            break;
+        *n += (size_t)got;
+    }
+    return STATUS_OK;
+}
+
+static status take_secret(const char *path, const char *text, size_t n, control_secret *out)
+{
+    while (n > 0 && isspace((unsigned char)text[n - 1]))
+        n--;
+    while (n > 0 && isspace((unsigned char)*text))
+        text++, n--;
+    for (size_t i = 0; i < n; i++)
+        if (!isgraph((unsigned char)text[i]))
+            return status_fail(STATUS_BAD_INPUT, "%s: a secret is one word of printable characters", path);
+    if (n < CONTROL_SECRET_MIN || n > CONTROL_SECRET_MAX)
+        return status_fail(STATUS_BAD_INPUT, "%s: a secret has %d to %d characters, not %zu%s", path, CONTROL_SECRET_MIN,
+                           CONTROL_SECRET_MAX, n, n > CONTROL_SECRET_MAX ? " or more" : "");
+    *out = (control_secret){.n = (int)n};
+    memcpy(out->text, text, n);
+    return STATUS_OK;
+}
+
+status control_secret_read(const char *path, control_secret *out)
+{
+    char text[2 * CONTROL_SECRET_MAX];
+    size_t n;
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return status_fail(STATUS_IO, "%s: %s", path, strerror(errno));
+    status st = check_secret_file(path, fd);
+    if (st == STATUS_OK)
+        st = read_all(path, fd, text, sizeof text, &n);
+    close(fd);
+    if (st == STATUS_OK)
+        st = take_secret(path, text, n, out);
+    explicit_bzero(text, sizeof text);
+    return st;
+}
+
+status control_secret_make(control_secret *out)
+{
+    unsigned char random[CONTROL_SECRET_MADE / 2];
+    if (getrandom(random, sizeof random, 0) != sizeof random)
+        return status_fail(STATUS_IO, "the system gives no random numbers");
+    *out = (control_secret){.n = CONTROL_SECRET_MADE};
+    for (size_t i = 0; i < sizeof random; i++)
+        snprintf(out->text + 2 * i, 3, "%02x", random[i]);
+    return STATUS_OK;
+}
+
+bool control_secret_equal(const control_secret *secret, const void *bytes, size_t n)
+{
+    const unsigned char *b = bytes;
+    unsigned char differs = n != (size_t)secret->n;
+    for (int i = 0; i < secret->n; i++)
+        differs |= (unsigned char)((unsigned char)secret->text[i] ^ ((size_t)i < n ? b[i] : 0));
+    return !differs;
+}
+
+/* ---- addresses and sockets ---- */
+
+status control_split_address(const char *where, const char *address, char host[256], char port[8])
+{
+    const char *colon = strrchr(address, ':');
+    size_t n = colon ? (size_t)(colon - address) : 0;
+    char *end = NULL;
+    bool digit = colon && isdigit((unsigned char)colon[1]);
+    unsigned long number = digit ? strtoul(colon + 1, &end, 10) : 0;
+    if (!digit || *end || number > 65535 || n > 255)
+        return status_fail(STATUS_USAGE, "%s: \"%s\" is not HOST:PORT", where, address);
+    if (n >= 2 && address[0] == '[' && colon[-1] == ']') {
+        address++;
+        n -= 2;
+    } else if (memchr(address, ':', n)) {
+        return status_fail(STATUS_USAGE, "%s: \"%s\": write an IPv6 address as [ADDRESS]:PORT", where, address);
+    }
+    memcpy(host, address, n);
+    host[n] = '\0';
+    snprintf(port, 8, "%lu", number);
+    return STATUS_OK;
+}
+
+static int set_number(int fd, int level, int name, int value)
+{
+    return setsockopt(fd, level, name, &value, sizeof value);
+}
+
+status control_tune_socket(int fd)
+{
+    /* Keepalive finds a host that is gone while nothing is sent, the user timeout one that is gone while something is. */
+    int flags = fcntl(fd, F_GETFL);
+    if (flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) != 0 || fcntl(fd, F_SETFD, FD_CLOEXEC) != 0 ||
+        set_number(fd, IPPROTO_TCP, TCP_NODELAY, 1) != 0 || set_number(fd, SOL_SOCKET, SO_KEEPALIVE, 1) != 0 ||
+        set_number(fd, IPPROTO_TCP, TCP_KEEPIDLE, 3) != 0 || set_number(fd, IPPROTO_TCP, TCP_KEEPINTVL, 1) != 0 ||
+        set_number(fd, IPPROTO_TCP, TCP_KEEPCNT, 5) != 0 || set_number(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, 10000) != 0)
+        return status_fail(STATUS_IO, "the control connection's socket: %s", strerror(errno));
+    return STATUS_OK;
+}
+
+/* ---- messages ---- */
+
+static status put_frame(bytes_writer *to, const ProtobufCMessage *message)
+{
+    size_t size = protobuf_c_message_get_packed_size(message);
+    if (size > CONTROL_FRAME_BYTES)
+        return status_fail(STATUS_BAD_INPUT, "a control message of %zu bytes, more than the %zu allowed", size,
+                           CONTROL_FRAME_BYTES);
+    unsigned char *at = bytes_extend(to, FRAME_HEADER_BYTES + size);
+    if (!at)
+        return status_fail(STATUS_NO_MEMORY, "no memory for a control message of %zu bytes", size);
+    frame_put_header(at, (uint32_t)size);
+    protobuf_c_message_pack(message, at + FRAME_HEADER_BYTES);
+    return STATUS_OK;
+}
+
+status control_put_to_leader(bytes_writer *to, const Convoke__Control__ToLeader *message)
+{
+    return put_frame(to, &message->base);
+}
+
+status control_put_to_coordinator(bytes_writer *to, const Convoke__Control__ToCoordinator *message)
+{
+    return put_frame(to, &message->base);
+}
+
+status control_get_to_leader(const void *payload, size_t size, Convoke__Control__ToLeader **out)
+{
+    Convoke__Control__ToLeader *m = convoke__control__to_leader__unpack(NULL, size, payload);
+    if (!m || m->kind_case == CONVOKE__CONTROL__TO_LEADER__KIND__NOT_SET) {
+        convoke__control__to_leader__free_unpacked(m, NULL);
+        return status_fail(STATUS_BAD_INPUT, "a frame of %zu bytes from the coordinator holds no message", size);
+    }
+    *out = m;
+    return STATUS_OK;
+}
+
+status control_get_to_coordinator(const void *payload, size_t size, Convoke__Control__ToCoordinator **out)
+{
+    Convoke__Control__ToCoordinator *m = convoke__control__to_coordinator__unpack(NULL, size, payload);
+    if (!m || m->kind_case == CONVOKE__CONTROL__TO_COORDINATOR__KIND__NOT_SET) {
+        convoke__control__to_coordinator__free_unpacked(m, NULL);
+        return status_fail(STATUS_BAD_INPUT, "a frame of %zu bytes from the workers holds no message", size);
+    }
+    *out = m;
+    return STATUS_OK;
+}
+
+uint64_t control_launch_of_to_leader(const Convoke__Control__ToLeader *m)
+{
+    switch (m->kind_case) {
+    case CONVOKE__CONTROL__TO_LEADER__KIND_SETUP:
+        return m->setup->launch;
+    case CONVOKE__CONTROL__TO_LEADER__KIND_SUBMIT:
+        return m->submit->launch;
+    case CONVOKE__CONTROL__TO_LEADER__KIND_CANCEL:
+    case CONVOKE__CONTROL__TO_LEADER__KIND_HOLD:
+    case CONVOKE__CONTROL__TO_LEADER__KIND_RELEASE:
+    case CONVOKE__CONTROL__TO_LEADER__KIND_CLEAR_PREFIX_CACHE:
+        return m->cancel->launch; /* all are Ids in one union */
+    case CONVOKE__CONTROL__TO_LEADER__KIND_STOP:
+        return m->stop->launch;
+    default:
+        return 0;
+    }
+}
+
+uint64_t control_launch_of_to_coordinator(const Convoke__Control__ToCoordinator *m)
+{
+    switch (m->kind_case) {
+    case CONVOKE__CONTROL__TO_COORDINATOR__KIND_PROGRESS:
+        return m->progress->launch;
+    case CONVOKE__CONTROL__TO_COORDINATOR__KIND_READY:
+        return m->ready->launch;
+    case CONVOKE__CONTROL__TO_COORDINATOR__KIND_REPORT:
+        return m->report->launch;
+    case CONVOKE__CONTROL__TO_COORDINATOR__KIND_BEAT:
+        return m->beat->launch;
+    case CONVOKE__CONTROL__TO_COORDINATOR__KIND_GOODBYE:
+        return m->goodbye->launch;
+    default:
+        return 0;
+    }
+}
