@@ -26,10 +26,10 @@ static size_t held_from(const char *text, size_t size, const stop_string *string
 stop_verdict stop_text_check(const char *text, size_t size, size_t searched, const stop_string *strings, int n_strings,
                              int include)
 {
-    size_t most = longest(strings, n_strings);
-    size_t from = searched < most ? 0 : searched - most + 1; /* a stop string may begin before the new bytes */
     stop_verdict v = {.shown = size, .stop = -1, .stop_at = SIZE_MAX};
     for (int i = 0; i < n_strings; i++) {
+        /* It may begin before the new bytes, but must end in them. */
+        size_t from = searched < strings[i].size ? 0 : searched - strings[i].size + 1;
         const char *at = size > from ? memmem(text + from, size - from, strings[i].text, strings[i].size) : NULL;
         if (at && (size_t)(at - text) < v.stop_at) {
             v.stop = i;
