@@ -71,7 +71,7 @@ static refusal_kind check_candidates(const char *field, const candidates_wish *c
     return check_ids(field, c->ids, c->n_ids, vocab, why);
 }
 
-static refusal_kind check_sampling(const requests *all, const request_wish *w, refusal *why)
+static refusal_kind check_sampling(int vocab, const request_wish *w, refusal *why)
 {
     if (w->has_temperature)
         TRY_REFUSE(check_range("temperature", w->temperature, 0, 100, why));
@@ -84,13 +84,13 @@ static refusal_kind check_sampling(const requests *all, const request_wish *w, r
     TRY_REFUSE(check_range("frequency_penalty", w->frequency_penalty, -2, 2, why));
     TRY_REFUSE(check_range("repetition_penalty", w->repetition_penalty, 0, 1e6F, why));
     for (int i = 0; i < w->n_biases; i++) {
-        TRY_REFUSE(check_ids("logit_bias", &w->biases[i].token, 1, all->options.vocab, why));
+        TRY_REFUSE(check_ids("logit_bias", &w->biases[i].token, 1, vocab, why));
         TRY_REFUSE(check_range("logit_bias", w->biases[i].bias, -100, 100, why));
     }
-    TRY_REFUSE(check_ids("allowed_token_ids", w->allowed, w->n_allowed, all->options.vocab, why));
-    TRY_REFUSE(check_ids("stop_token_ids", w->stop_ids, w->n_stop_ids, all->options.vocab, why));
-    TRY_REFUSE(check_candidates("prompt candidates", &w->prompt_candidates, all->options.vocab, why));
-    return check_candidates("output candidates", &w->output_candidates, all->options.vocab, why);
+    TRY_REFUSE(check_ids("allowed_token_ids", w->allowed, w->n_allowed, vocab, why));
+    TRY_REFUSE(check_ids("stop_token_ids", w->stop_ids, w->n_stop_ids, vocab, why));
+    TRY_REFUSE(check_candidates("prompt candidates", &w->prompt_candidates, vocab, why));
+    return check_candidates("output candidates", &w->output_candidates, vocab, why);
 }
 
 static refusal_kind check_shape(const requests *all, const request_wish *w, refusal *why)
@@ -167,13 +167,13 @@ static refusal_kind copy_prompt(const int32_t *ids, size_t n, int keep, Convoke_
     return n - skip == 0 ? refuse(why, REFUSAL_BAD, "the prompt is empty") : REFUSAL_NONE;
 }
 
-static refusal_kind build_prompt(requests *all, const request_wish *w, Convoke__Control__Sequence *s, refusal *why)
+static refusal_kind build_prompt(requests *all, int vocab, const request_wish *w, Convoke__Control__Sequence *s, refusal *why)
 {
     if (!w->has_text) {
         if (w->n_ids == 0)
             return refuse(why, REFUSAL_BAD, "the prompt is empty");
         TRY_REFUSE(copy_prompt(w->ids, (size_t)w->n_ids, w->truncate_prompt, s, why));
-        return check_ids("prompt", s->tokens, (int)s->n_tokens, all->options.vocab, why);
+        return check_ids("prompt", s->tokens, (int)s->n_tokens, vocab, why);
     }
     if (!all->options.tokenizer)
         return refuse(why, REFUSAL_UNSUPPORTED, "a text prompt needs a tokenizer.json, which this model does not have");
@@ -189,8 +189,7 @@ static refusal_kind build_prompt(requests *all, const request_wish *w, Convoke__
         kind = copy_prompt(ids, n, w->truncate_prompt, s, why);
     leave_scratch(all, scratch);
     TRY_REFUSE(kind);
-    return check_ids("prompt (tokenizer.json has more tokens than the model)", s->tokens, (int)s->n_tokens, all->options.vocab,
-                     why);
+    return check_ids("prompt (tokenizer.json has more tokens than the model)", s->tokens, (int)s->n_tokens, vocab, why);
 }
 
 /* ---- the rest ------------------------------------------------------------------------------------------------------------ */
@@ -335,7 +334,7 @@ static refusal_kind fill_spec(requests *all, const requests_limits *limits, cons
                               Convoke__Journal__Request *spec, refusal *why)
 {
     Convoke__Control__Sequence *s = spec->sequence;
-    TRY_REFUSE(build_prompt(all, w, s, why));
+    TRY_REFUSE(build_prompt(all, limits->vocab, w, s, why));
     int n_prompt = (int)s->n_tokens;
     int max_new = w->max_new;
     if (max_new == 0) { /* as many as fit */
@@ -369,7 +368,7 @@ refusal_kind request_build(requests *all, const requests_limits *limits, const r
 {
     TRY_REFUSE(check_model(all, w->model, why));
     TRY_REFUSE(check_shape(all, w, why));
-    TRY_REFUSE(check_sampling(all, w, why));
+    TRY_REFUSE(check_sampling(limits->vocab, w, why));
     Convoke__Journal__Request *spec = create_spec();
     if (!spec)
         return no_memory(why);

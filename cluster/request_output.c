@@ -95,9 +95,9 @@ static bool is_stop_id(const request *r, int32_t token)
 
 static bool is_eos(const request *r, int32_t token)
 {
-    const requests_options *o = &r->all->options;
-    for (int i = 0; !r->spec->sequence->ignore_eos && i < o->n_eos; i++)
-        if (o->eos_ids[i] == token)
+    const requests_limits *l = &r->all->limits;
+    for (int i = 0; !r->spec->sequence->ignore_eos && i < l->n_eos; i++)
+        if (l->eos_ids[i] == token)
             return true;
     return false;
 }

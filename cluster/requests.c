@@ -452,9 +452,12 @@ refusal_kind requests_find(requests *all, const char *id, request **out, refusal
 {
     pthread_mutex_lock(&all->lock);
     request *r = find(all, id);
+    bool loading = all->limits.vocab == 0;
     if (r)
         r->references++;
     pthread_mutex_unlock(&all->lock);
+    if (!r && loading)
+        return refuse(why, REFUSAL_UNAVAILABLE, "the model is still being loaded");
     if (!r)
         return refuse(why, REFUSAL_NOT_FOUND, "request_id: no request is called \"%.127s\"", id);
     *out = r;
@@ -719,10 +722,16 @@ void requests_workers_report(requests *all, const Convoke__Control__Report *repo
     readers_wake(all);
 }
 
-void requests_workers_ready(requests *all, const requests_limits *limits)
+void requests_set_limits(requests *all, const requests_limits *limits)
 {
     pthread_mutex_lock(&all->lock);
     all->limits = *limits;
+    pthread_mutex_unlock(&all->lock);
+}
+
+void requests_workers_ready(requests *all)
+{
+    pthread_mutex_lock(&all->lock);
     all->ready = true;
     submit_waiting(all);
     pthread_mutex_unlock(&all->lock);

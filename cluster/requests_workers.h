@@ -29,9 +29,6 @@ typedef struct {
     int n_model_names;
     const tokenizer *tokenizer; /* NULL: none */
     sampling_defaults defaults;
-    int vocab;              /* of the model's config */
-    const int32_t *eos_ids; /* [n_eos] */
-    int n_eos;
     int max_waiting; /* sequences not started; more are refused */
     int max_sequences_of_request;
     size_t max_unread_bytes; /* of one owning reader; beyond it its sequences are held */
@@ -49,15 +46,18 @@ void requests_destroy(requests *all); /* NULL is fine */
 
 /* What fits, as the workers said. */
 typedef struct {
-    int max_length, kv_block;
+    int vocab, max_length, kv_block;
     int n_ranks;
     int largest_kv_blocks; /* of any rank */
+    int n_eos;
+    int32_t eos_ids[16];
 } requests_limits;
 
-/* Takes up what the journal holds. Before the first ready. */
+void requests_set_limits(requests *all, const requests_limits *limits);
+/* Takes up what the journal holds: once, when the limits are known and before the first ready. */
 status requests_replay(requests *all);
 /* A launch can take sequences: everything unfinished is submitted, oldest first, from its last token. */
-void requests_workers_ready(requests *all, const requests_limits *limits);
+void requests_workers_ready(requests *all);
 void requests_workers_lost(requests *all);
 void requests_workers_report(requests *all, const Convoke__Control__Report *report);
 
