@@ -15,7 +15,8 @@ void metrics_destroy(metrics *m); /* NULL is fine */
 
 typedef enum { METRIC_SUCCESS_STOP, METRIC_SUCCESS_LENGTH, METRIC_SUCCESS_ABORT, METRIC_SUCCESS_ERROR } metric_finish;
 
-/* One sequence is over; times in seconds, negative: it never got there. */
+/* One sequence is over; times in seconds, negative: it never got there. first_token is for the caller's log: it was counted by
+ * metrics_first_token(). */
 typedef struct {
     metric_finish finish;
     int n_prompt, n_output;
@@ -45,7 +46,7 @@ typedef struct {
 } metric_workers;
 void metrics_workers(metrics *m, const metric_workers *w);
 
-/* Text exposition format 0.0.4 appended to `out`. */
+/* Text exposition format 0.0.4 appended to `out` (out->failed: no memory). */
 void metrics_render(metrics *m, bytes_writer *out);
 
 #endif
