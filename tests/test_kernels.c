@@ -595,8 +595,9 @@ static void pick_obeys_the_environment(void **state)
     }
     unsetenv("CONVOKE_ISA");
     assert_int_equal(kernels_pick(&isa), STATUS_OK);
-    for (int i = isa + 1; i < N_ISAS; i++)
+    for (int i = isa + 1; i < ISA_AVX512BF16; i++) /* which is never chosen unasked */
         assert_null(kernels_of((kernel_isa)i));
+    assert_true(isa < ISA_AVX512BF16);
     assert_string_equal(kernels_of(isa)->name, kernel_isa_name(isa));
     if (before)
         setenv("CONVOKE_ISA", before, 1);

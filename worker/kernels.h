@@ -73,7 +73,8 @@ typedef struct {
 const kernel_table *kernels_of(kernel_isa isa);
 const char *kernel_isa_name(kernel_isa isa); /* "scalar", "avx2", "avx512", "avx512bf16" */
 
-/* The best this CPU has, or what CONVOKE_ISA names. Fails on an unknown name and on one this CPU lacks, naming both. */
+/* The best this CPU has among those with one set of bits (up to avx512), or what CONVOKE_ISA names. Fails on an unknown name and
+ * on one this CPU lacks, naming both. */
 status kernels_pick(kernel_isa *out);
 
 size_t weight_format_size(weight_format format); /* bytes per weight */
