@@ -21,6 +21,7 @@ typedef struct {
     node_event up;       /* others: chunks written for the first   */
     node_event up_ack;   /* others: chunks the first rank has read */
     _Alignas(64) _Atomic uint32_t reported;
+    _Alignas(64) group_pulse pulse;
     _Alignas(64) uint64_t size; /* of the whole message that the chunk belongs to */
     _Alignas(64) char bytes[BOARD_BYTES];
 } board;
@@ -51,9 +52,16 @@ status group_buffer_reserve(group_buffer *buffer, size_t size)
 
 /* ---- inside a node ---- */
 
-static status wait_board(group *g, node_event *event, uint32_t count, int local, const char *what)
+/* Every word is a sign of life of the main thread. */
+static void move(group *g)
 {
-    const wait_reason why = {.rank = g->peers.ranks[local], .what = what, .number = count};
+    atomic_fetch_add_explicit(&g->pulse->moves, 1, memory_order_relaxed);
+}
+
+static status wait_board(group *g, node_event *event, uint32_t count, int local, const char *what, bool patient)
+{
+    const wait_reason why = {.rank = g->peers.ranks[local], .what = what, .number = count, .patient = patient};
+    move(g);
     return node_event_wait(event, count, false, &g->peers, &why);
 }
 
@@ -64,7 +72,7 @@ static status down_send(group *g, const void *bytes, size_t size)
     for (size_t at = 0, n; mine; at += n) {
         n = chunk_bytes(size, at);
         for (int i = 1; i < g->n_local; i++)
-            TRY(wait_board(g, &board_of(g, i)->down_ack, g->down, i, "receipt of message"));
+            TRY(wait_board(g, &board_of(g, i)->down_ack, g->down, i, "receipt of message", false));
         mine->size = size;
         if (n)
             memcpy(mine->bytes, (const char *)bytes + at, n);
@@ -76,11 +84,11 @@ static status down_send(group *g, const void *bytes, size_t size)
 }
 
 /* All others from the node's first rank, into `buffer`. */
-static status down_receive(group *g, group_buffer *buffer)
+static status down_receive(group *g, group_buffer *buffer, bool patient)
 {
     board *first = board_of(g, 0), *mine = board_of(g, g->local);
     for (size_t at = 0, n;; at += n) {
-        TRY(wait_board(g, &first->down, g->down + 1, 0, "message"));
+        TRY(wait_board(g, &first->down, g->down + 1, 0, "message", patient && at == 0));
         if (at == 0) {
             TRY(group_buffer_reserve(buffer, first->size));
             buffer->size = first->size;
@@ -100,7 +108,7 @@ static status up_send(group *g, const void *bytes, size_t size)
     board *mine = board_of(g, g->local);
     for (size_t at = 0, n;; at += n) {
         n = chunk_bytes(size, at);
-        TRY(wait_board(g, &mine->up_ack, g->up, 0, "receipt of report"));
+        TRY(wait_board(g, &mine->up_ack, g->up, 0, "receipt of report", false));
         mine->size = size;
         if (n)
             memcpy(mine->bytes, (const char *)bytes + at, n);
@@ -115,7 +123,7 @@ static status up_receive(group *g, int local, group_buffer *buffer, size_t *size
 {
     board *theirs = board_of(g, local);
     for (size_t at = 0, n;; at += n) {
-        TRY(wait_board(g, &theirs->up, g->up_seen[local] + 1, local, "report"));
+        TRY(wait_board(g, &theirs->up, g->up_seen[local] + 1, local, "report", false));
         *size = theirs->size;
         n = chunk_bytes(*size, at);
         TRY(group_buffer_reserve(buffer, buffer->size + n));
@@ -134,10 +142,10 @@ status group_broadcast(group *g, void *bytes, size_t size)
 {
     if (g->local == 0) {
         if (g->n_nodes > 1)
-            TRY(group_mpi_broadcast(g, bytes, size));
+            TRY(group_mpi_broadcast(g, bytes, size, false));
         return down_send(g, bytes, size);
     }
-    TRY(down_receive(g, &g->scratch));
+    TRY(down_receive(g, &g->scratch, false));
     if (g->scratch.size != size)
         return status_fail(STATUS_BAD_INPUT, "rank %d expected %zu bytes from rank 0, got %zu", g->rank, size, g->scratch.size);
     if (size)
@@ -148,13 +156,13 @@ status group_broadcast(group *g, void *bytes, size_t size)
 static status message_to_node(group *g, const void **bytes, size_t *size)
 {
     uint64_t n = g->rank == 0 ? *size : 0;
-    TRY(group_mpi_broadcast(g, &n, sizeof n));
+    TRY(group_mpi_broadcast(g, &n, sizeof n, g->rank != 0));
     if (g->rank != 0) {
         TRY(group_buffer_reserve(&g->message, n + 1));
         *bytes = g->message.bytes;
         *size = n;
     }
-    return n ? group_mpi_broadcast(g, (void *)*bytes, n) : STATUS_OK;
+    return n ? group_mpi_broadcast(g, (void *)*bytes, n, false) : STATUS_OK;
 }
 
 status group_broadcast_message(group *g, const void **bytes, size_t *size)
@@ -162,10 +170,12 @@ status group_broadcast_message(group *g, const void **bytes, size_t *size)
     if (g->local == 0) {
         if (g->n_nodes > 1)
             TRY(message_to_node(g, bytes, size));
+        atomic_fetch_add_explicit(&g->pulse->messages, 1, memory_order_relaxed);
         return down_send(g, *bytes, *size);
     }
     TRY(group_buffer_reserve(&g->message, 1));
-    TRY(down_receive(g, &g->message));
+    TRY(down_receive(g, &g->message, true));
+    atomic_fetch_add_explicit(&g->pulse->messages, 1, memory_order_relaxed);
     *bytes = g->message.bytes;
     *size = g->message.size;
     return STATUS_OK;
@@ -260,7 +270,7 @@ status group_min(group *g, int value, int *out)
     if (g->local == 0) {
         TRY(down_send(g, &low, sizeof low));
     } else {
-        TRY(down_receive(g, &g->scratch));
+        TRY(down_receive(g, &g->scratch, false));
         memcpy(&low, g->scratch.bytes, sizeof low);
     }
     *out = low;
@@ -313,12 +323,13 @@ static status create_alone(group *g)
     g->rank_at = calloc(1, sizeof(int));
     g->first_of_node = calloc(2, sizeof(int));
     g->pid_of_node_rank = calloc(1, sizeof(int));
+    g->pid_of_rank = calloc(1, sizeof(int));
     g->host = calloc(1, sizeof *g->host);
     if (!g->node_of_rank || !g->local_of_rank || !g->size_of_node || !g->rank_at || !g->first_of_node || !g->pid_of_node_rank ||
-        !g->host)
+        !g->pid_of_rank || !g->host)
         return status_fail(STATUS_NO_MEMORY, "no memory for a group of one rank");
     g->size_of_node[0] = g->first_of_node[1] = 1;
-    g->pid_of_node_rank[0] = (int)getpid();
+    g->pid_of_node_rank[0] = g->pid_of_rank[0] = (int)getpid();
     g->n_on_host = 1;
     g->own_cores = g->host_cores = own_cores();
     gethostname(g->host[0], GROUP_HOST_BYTES - 1);
@@ -351,13 +362,18 @@ static status connect_node(group *g)
                             .pids = g->pid_of_node_rank,
                             .host = g->host[g->rank],
                             .job = g->peers.job,
-                            .tick = g->n_nodes > 1 ? group_mpi_look : NULL};
+                            .tick = g->n_nodes > 1 ? group_mpi_look : NULL,
+                            .awake = RANK_WORKING,
+                            .asleep = RANK_WAITING,
+                            .asleep_patient = RANK_IDLE};
+    g->pulse = &g->alone;
     TRY(agree_at_start(g, node_peers_open(&g->peers)));
     TRY(agree_at_start(g, create_board(g)));
     TRY(agree_at_start(g, g->window ? node_window_attach(g->window) : STATUS_OK));
     if (g->window) {
         node_window_unlink(g->window);
         g->peers.reported = &board_of(g, 0)->reported;
+        g->pulse = &board_of(g, g->local)->pulse;
     }
     return STATUS_OK;
 }
@@ -400,7 +416,8 @@ void group_destroy(group *g)
         group_mpi_finish(g);
     node_window_destroy(g->window);
     node_peers_close(&g->peers);
-    int *lists[] = {g->node_of_rank, g->local_of_rank, g->size_of_node, g->rank_at, g->first_of_node, g->pid_of_node_rank};
+    int *lists[] = {g->node_of_rank,  g->local_of_rank,    g->size_of_node, g->rank_at,
+                    g->first_of_node, g->pid_of_node_rank, g->pid_of_rank};
     for (size_t i = 0; i < sizeof lists / sizeof *lists; i++)
         free(lists[i]);
     free(g->host);
@@ -456,6 +473,23 @@ const char *group_host(const group *g, int rank)
     return g->host[rank];
 }
 
+int group_pid(const group *g, int rank)
+{
+    return g->pid_of_rank[rank];
+}
+
+group_pulse *group_pulse_of(const group *g, int rank)
+{
+    if (rank == g->rank)
+        return g->pulse;
+    return g->node_of_rank[rank] == g->node ? &board_of(g, g->local_of_rank[rank])->pulse : NULL;
+}
+
+bool group_launched(const group *g)
+{
+    return g->links != NULL;
+}
+
 bool group_shares_cores(const group *g, int threads_per_rank)
 {
     return threads_per_rank > g->own_cores || (long)g->n_on_host * threads_per_rank > g->host_cores;
@@ -464,4 +498,17 @@ bool group_shares_cores(const group *g, int threads_per_rank)
 bool group_told_to_stop(void)
 {
     return node_stop_requested();
+}
+
+void group_set_deadline(group *g, double seconds)
+{
+    /* Until then ranks are loading: nobody looks at their state, and no wait of theirs may pass for work. */
+    g->peers.limit_seconds = seconds;
+    g->peers.state = seconds > 0 ? &g->pulse->state : NULL;
+    atomic_store(&g->pulse->state, seconds > 0 ? RANK_WORKING : RANK_LOADING);
+}
+
+void group_give_up(const char *sentence)
+{
+    node_give_up(sentence);
 }

@@ -8,10 +8,28 @@
 
 #include "proto/status.h"
 
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
 
 typedef struct group group;
+
+typedef enum {
+    RANK_LOADING, /* not under way yet: may stand still for long */
+    RANK_WORKING,
+    RANK_WAITING, /* for another rank */
+    RANK_IDLE,    /* for the leader's next message; the leader: for something to do */
+} rank_state;
+
+/* What a rank shows of itself to the other ranks of its node at any moment: they only look. */
+typedef struct {
+    _Atomic uint32_t beat;        /* rises while the process runs at all; by its watching thread */
+    _Atomic uint32_t moves;       /* rises with every layer and word; by its main thread */
+    _Atomic uint32_t state;       /* rank_state */
+    _Atomic uint32_t messages;    /* of the leader, so far */
+    _Atomic uint64_t done, total; /* bytes, while loading; total 0: not known yet */
+} group_pulse;
 
 /* [all] Starts MPI when this process was started by mpirun (or a PMI launcher), else a group of one without touching MPI.
  * ranks_per_node 0: nodes as the system says; N: pretend that every N consecutive ranks are a node of their own (tests). */
@@ -27,10 +45,19 @@ int group_node(const group *g);
 int group_n_nodes(const group *g);
 const int *group_node_of_rank(const group *g); /* [size] */
 const char *group_host(const group *g, int rank);
+int group_pid(const group *g, int rank);
+group_pulse *group_pulse_of(const group *g, int rank); /* NULL: on another node */
+bool group_launched(const group *g);                   /* by mpirun or its like, which ends the job when a rank ends badly */
 bool group_shares_cores(const group *g, int threads_per_rank); /* more threads than cores on this node: do not spin */
 /* SIGTERM has come. Waits inside the group and the exchange end by themselves (STATUS_STOPPED); other loops ask here. Always
  * false in a group of one, which leaves the signal alone. */
 bool group_told_to_stop(void);
+/* From now on a wait inside the group or the exchange that takes longer ends with STATUS_PEER_LOST and names who is missing; the
+ * leader's next message (group_broadcast_message) may take any time. 0: no wait ends so (as at start: loading takes its time). */
+void group_set_deadline(group *g, double seconds);
+/* Any thread, this process only: its waits inside the group and the exchange end by themselves, STATUS_PEER_LOST with this
+ * sentence. The first one counts. */
+void group_give_up(const char *sentence);
 
 /* [all] Rank 0's bytes to everybody; every rank passes the same size. */
 status group_broadcast(group *g, void *bytes, size_t size);

@@ -25,6 +25,7 @@ struct group {
     int *rank_at;          /* [size] ranks sorted by (node, local) */
     int *first_of_node;    /* [n_nodes + 1] into rank_at */
     int *pid_of_node_rank; /* [n_local] */
+    int *pid_of_rank;      /* [size] */
     int n_on_host;         /* ranks on this machine, whatever nodes are pretended */
     int own_cores, host_cores;      /* cores this rank may run on; cores any rank of this machine may */
     char (*host)[GROUP_HOST_BYTES]; /* [size] */
@@ -33,6 +34,8 @@ struct group {
 
     node_peers peers;
     node_window *window; /* one board per rank of the node; NULL where n_local == 1 */
+    group_pulse alone;   /* own pulse where there is no board */
+    group_pulse *pulse;  /* own */
     uint32_t down, up;   /* chunks so far: from the node's first rank, from this rank */
     uint32_t *up_seen;   /* [n_local] on the node's first rank: chunks taken from each */
     group_buffer message, gathered, scratch;
@@ -47,10 +50,10 @@ bool group_mpi_launched(void);
 status group_mpi_start(group *g, int *argc, char ***argv, int ranks_per_node); /* [all] fills in who is where */
 void group_mpi_finish(group *g);                                               /* [all] */
 void group_mpi_abort(group *g, int exit_code);
-void group_mpi_look(void);                                      /* lets MPI do what it has to */
-status group_mpi_min_all(group *g, int value, int *out);        /* [all] before windows exist */
-status group_mpi_min(group *g, int value, int *out);            /* [firsts] */
-status group_mpi_broadcast(group *g, void *bytes, size_t size); /* [firsts] */
+void group_mpi_look(void);                                                    /* lets MPI do what it has to */
+status group_mpi_min_all(group *g, int value, int *out);                      /* [all] before windows exist */
+status group_mpi_min(group *g, int value, int *out);                          /* [firsts] */
+status group_mpi_broadcast(group *g, void *bytes, size_t size, bool patient); /* [firsts] patient: however long it takes */
 /* [firsts] Node 0 takes the others' tables and bytes, node after node; the others give theirs. */
 status group_mpi_give(group *g, const void *bytes, size_t size);
 status group_mpi_take(group *g, int node, void *bytes, size_t size);

@@ -124,9 +124,10 @@ static status allocate_tables(group *g)
     g->rank_at = calloc(n, sizeof(int));
     g->first_of_node = calloc(n + 1, sizeof(int));
     g->pid_of_node_rank = calloc(n, sizeof(int));
+    g->pid_of_rank = calloc(n, sizeof(int));
     g->host = calloc(n, sizeof *g->host);
     if (!g->node_of_rank || !g->local_of_rank || !g->size_of_node || !g->rank_at || !g->first_of_node || !g->pid_of_node_rank ||
-        !g->host)
+        !g->pid_of_rank || !g->host)
         return status_fail(STATUS_NO_MEMORY, "rank %d: no memory for the tables of %d ranks", g->rank, g->size);
     return STATUS_OK;
 }
@@ -136,8 +137,10 @@ static status place_ranks(group *g, introduction *all, int ranks_per_node)
     TRY(introduce(g, all));
     number_nodes(g, all, ranks_per_node);
     count_cores(g, all);
-    for (int r = 0; r < g->size; r++)
+    for (int r = 0; r < g->size; r++) {
         memcpy(g->host[r], all[r].host, sizeof all[r].host);
+        g->pid_of_rank[r] = all[r].pid;
+    }
     for (int i = 0; i < g->n_local; i++)
         g->pid_of_node_rank[i] = all[g->rank_at[g->first_of_node[g->node] + i]].pid;
     TRY_MPI(g->rank, MPI_Comm_split, (g->links->world, g->local == 0 ? 0 : MPI_UNDEFINED, g->rank, &g->links->firsts));
@@ -197,11 +200,12 @@ void group_mpi_abort(group *g, int exit_code)
 
 /* ---- words ---- */
 
-static status finish(group *g, MPI_Request *request, const char *call)
+static status finish(group *g, MPI_Request *request, const char *call, bool patient)
 {
     static uint32_t number;
-    const wait_reason why = {.rank = -1, .what = "word between nodes", .number = ++number};
+    const wait_reason why = {.rank = -1, .what = "word between nodes", .number = ++number, .patient = patient};
     node_backoff backoff = {0};
+    atomic_fetch_add_explicit(&g->pulse->moves, 1, memory_order_relaxed);
     for (;;) {
         int done = 0;
         int error = MPI_Test(request, &done, MPI_STATUS_IGNORE);
@@ -225,7 +229,7 @@ status group_mpi_min(group *g, int value, int *out)
     group_links *l = g->links;
     l->mine = value;
     TRY_MPI(g->rank, MPI_Iallreduce, (&l->mine, &l->low, 1, MPI_INT, MPI_MIN, l->firsts, &request));
-    TRY(finish(g, &request, "MPI_Iallreduce"));
+    TRY(finish(g, &request, "MPI_Iallreduce", false));
     *out = l->low;
     return STATUS_OK;
 }
@@ -242,12 +246,12 @@ static int piece(size_t size, size_t at)
     return (int)(size - at < PIECE_BYTES ? size - at : PIECE_BYTES);
 }
 
-status group_mpi_broadcast(group *g, void *bytes, size_t size)
+status group_mpi_broadcast(group *g, void *bytes, size_t size, bool patient)
 {
     for (size_t at = 0; at < size; at += PIECE_BYTES) {
         MPI_Request request;
         TRY_MPI(g->rank, MPI_Ibcast, ((char *)bytes + at, piece(size, at), MPI_BYTE, 0, g->links->firsts, &request));
-        TRY(finish(g, &request, "MPI_Ibcast"));
+        TRY(finish(g, &request, "MPI_Ibcast", patient));
     }
     return STATUS_OK;
 }
@@ -258,7 +262,7 @@ status group_mpi_give(group *g, const void *bytes, size_t size)
         MPI_Request request;
         TRY_MPI(g->rank, MPI_Isend,
                 ((const char *)bytes + at, piece(size, at), MPI_BYTE, 0, REPORT_TAG, g->links->firsts, &request));
-        TRY(finish(g, &request, "MPI_Isend"));
+        TRY(finish(g, &request, "MPI_Isend", false));
     }
     return STATUS_OK;
 }
@@ -269,7 +273,7 @@ status group_mpi_take(group *g, int node, void *bytes, size_t size)
         MPI_Request request;
         TRY_MPI(g->rank, MPI_Irecv,
                 ((char *)bytes + at, piece(size, at), MPI_BYTE, node, REPORT_TAG, g->links->firsts, &request));
-        TRY(finish(g, &request, "MPI_Irecv"));
+        TRY(finish(g, &request, "MPI_Irecv", false));
     }
     return STATUS_OK;
 }

@@ -17,9 +17,10 @@
 #include <time.h>
 #include <unistd.h>
 
-#define WATCH_SECONDS 0.02
-#define SPIN_TURNS    2000u
-#define YIELD_TURNS   64u
+#define WATCH_SECONDS       0.02
+#define LONGEST_GAP_SECONDS 1.0 /* between two looks of a process that runs */
+#define SPIN_TURNS          2000u
+#define YIELD_TURNS         64u
 
 /* ---- time, stop ---- */
 
@@ -41,6 +42,23 @@ void node_stop_install(void)
 bool node_stop_requested(void)
 {
     return stop_requested;
+}
+
+static char given_up_why[1024];
+static _Atomic int given_up; /* 1: the sentence is being written, 2: it stands */
+
+void node_give_up(const char *sentence)
+{
+    int none = 0;
+    if (!atomic_compare_exchange_strong(&given_up, &none, 1))
+        return;
+    snprintf(given_up_why, sizeof given_up_why, "%s", sentence);
+    atomic_store(&given_up, 2);
+}
+
+static bool must_end(void)
+{
+    return stop_requested || atomic_load_explicit(&given_up, memory_order_relaxed) == 2;
 }
 
 /* ---- peers ---- */
@@ -109,11 +127,38 @@ status node_peers_watch(const node_peers *peers, const wait_reason *why, double 
         return status_fail(code, "rank %d (pid %d, host %s) died while rank %d waited for %s", peers->ranks[i], peers->pids[i],
                            peers->host, me, reason_text(why, text, sizeof text));
     }
-    if (!stop_requested)
+    if (atomic_load(&given_up) == 2)
+        return status_fail(first_to_report(peers) ? STATUS_PEER_LOST : STATUS_ELSEWHERE, "%s", given_up_why);
+    double waited = clock_seconds() - since;
+    if (stop_requested) {
+        status code = first_to_report(peers) ? STATUS_STOPPED : STATUS_ELSEWHERE;
+        return status_fail(code, "told to stop while rank %d (host %s) waited for %s for %.1f s", me, peers->host,
+                           reason_text(why, text, sizeof text), waited);
+    }
+    if (why->patient || peers->limit_seconds <= 0 || waited <= peers->limit_seconds)
         return STATUS_OK;
-    status code = first_to_report(peers) ? STATUS_STOPPED : STATUS_ELSEWHERE;
-    return status_fail(code, "told to stop while rank %d (host %s) waited for %s for %.1f s", me, peers->host,
-                       reason_text(why, text, sizeof text), clock_seconds() - since);
+    status code = first_to_report(peers) ? STATUS_PEER_LOST : STATUS_ELSEWHERE;
+    return status_fail(code, "rank %d (host %s) has waited %.1f s for %s, longer than the %.1f s allowed", me, peers->host,
+                       waited, reason_text(why, text, sizeof text), peers->limit_seconds);
+}
+
+static void show_asleep(const node_peers *peers, const wait_reason *why)
+{
+    if (peers->state)
+        atomic_store_explicit(peers->state, why->patient ? peers->asleep_patient : peers->asleep, memory_order_relaxed);
+}
+
+static void show_awake(const node_peers *peers)
+{
+    if (peers->state)
+        atomic_store_explicit(peers->state, peers->awake, memory_order_relaxed);
+}
+
+/* A process that was itself stopped for a while must not blame the others for the time it missed. */
+static void forgive_gap(double now, double looked, double *since)
+{
+    if (now - looked > LONGEST_GAP_SECONDS)
+        *since += now - looked;
 }
 
 /* ---- events ---- */
@@ -148,16 +193,19 @@ bool node_event_reached(const node_event *event, uint32_t value)
 static status sleep_on(node_event *event, uint32_t value, const node_peers *peers, const wait_reason *why)
 {
     const struct timespec timeout = {.tv_nsec = (long)(WATCH_SECONDS * 1e9)};
-    double since = clock_seconds();
+    double since = clock_seconds(), looked = since;
     for (;;) {
         uint32_t seen = atomic_load(&event->value);
         if ((int32_t)(seen - value) >= 0)
             return STATUS_OK;
         /* Ranks that keep each other busy never sleep to the timeout: the flag is looked at before every sleep. */
-        if (!stop_requested && (futex(&event->value, FUTEX_WAIT, seen, &timeout) == 0 || errno == EAGAIN))
+        if (!must_end() && (futex(&event->value, FUTEX_WAIT, seen, &timeout) == 0 || errno == EAGAIN))
             continue;
         if (peers->tick)
             peers->tick();
+        double now = clock_seconds();
+        forgive_gap(now, looked, &since);
+        looked = now;
         status st = node_peers_watch(peers, why, since);
         if (st != STATUS_OK) /* a peer may end after it has raised what we wait for */
             return node_event_reached(event, value) ? STATUS_OK : st;
@@ -173,7 +221,9 @@ status node_event_wait(node_event *event, uint32_t value, bool spin, const node_
             cpu_relax();
     }
     atomic_fetch_add(&event->waiters, 1);
+    show_asleep(peers, why);
     status st = sleep_on(event, value, peers, why);
+    show_awake(peers);
     atomic_fetch_sub(&event->waiters, 1);
     return st;
 }
@@ -182,25 +232,29 @@ status node_backoff_pause(node_backoff *backoff, bool spin, unsigned max_us, con
 {
     unsigned turn = backoff->turns++;
     unsigned spins = spin ? SPIN_TURNS / 8 : 0; /* each turn of a polling wait also looks into MPI */
-    if (!stop_requested && turn < spins) {
+    bool ending = must_end();
+    if (!ending && turn < spins) {
         cpu_relax();
         return STATUS_OK;
     }
-    if (!stop_requested && turn < spins + YIELD_TURNS) {
+    if (!ending && turn < spins + YIELD_TURNS) {
         sched_yield();
         return STATUS_OK;
     }
     double now = clock_seconds();
     if (backoff->since == 0)
         backoff->since = backoff->watched = now;
-    if (now - backoff->watched > WATCH_SECONDS || stop_requested) {
+    if (now - backoff->watched > WATCH_SECONDS || ending) {
+        forgive_gap(now, backoff->watched, &backoff->since);
         backoff->watched = now;
         TRY(node_peers_watch(peers, why, backoff->since));
     }
     /* A sixteenth of the time waited so far: what the sleep adds to the wait stays small, and a long wait costs little. */
     double us = 1e6 * (now - backoff->since) / 16;
     us = us < 10 ? 10 : us > max_us ? max_us : us;
+    show_asleep(peers, why);
     nanosleep(&(struct timespec){.tv_nsec = (long)(1e3 * us)}, NULL);
+    show_awake(peers);
     return STATUS_OK;
 }
 

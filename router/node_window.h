@@ -29,7 +29,12 @@ typedef struct {
     /* One word of the node, NULL until mapped: the first rank that reports a lost peer or a stop takes it; the others then end
      * quietly (STATUS_ELSEWHERE), so that a person reads one sentence. */
     _Atomic uint32_t *reported;
-    void (*tick)(void); /* NULL, or called now and then by who waits on an event */
+    void (*tick)(void);   /* NULL, or called now and then by who waits on an event */
+    double limit_seconds; /* a wait that takes longer ends; 0: none does */
+    /* NULL, or where it stands whether this process sleeps in a wait: written with asleep (or, in a patient wait,
+     * asleep_patient), then awake. */
+    _Atomic uint32_t *state;
+    uint32_t awake, asleep, asleep_patient;
 } node_peers;
 
 status node_peers_open(node_peers *peers); /* opens pidfds; the other fields are filled in by the caller */
@@ -40,17 +45,21 @@ typedef struct {
     int rank;         /* -1: several */
     const char *what; /* "results of layer exchange" */
     uint32_t number;
+    bool patient; /* no limit for this one */
 } wait_reason;
 
 /* Whether this process is the one of its node that says why the job ends. */
 bool node_reports_here(void);
-/* STATUS_PEER_LOST when a peer of this node is gone, STATUS_STOPPED after SIGTERM (either only on the rank that says so first,
- * else STATUS_ELSEWHERE); `since` is clock_seconds() at the start of the wait. */
+/* STATUS_PEER_LOST when a peer of this node is gone, the wait took longer than the limit, or this process gave up;
+ * STATUS_STOPPED after SIGTERM (either only on the rank that says so first, else STATUS_ELSEWHERE); `since` is clock_seconds() at
+ * the start of the wait. */
 status node_peers_watch(const node_peers *peers, const wait_reason *why, double since);
 
 /* SIGTERM sets a flag that ends waits; a second one kills as usual. */
 void node_stop_install(void);
 bool node_stop_requested(void);
+/* Any thread: all waits of this process end with this sentence; the first one counts. */
+void node_give_up(const char *sentence);
 
 typedef struct {
     _Alignas(64) _Atomic uint32_t value;
