@@ -416,3 +416,9 @@ status checkpoint_bind(checkpoint *ck, const unsigned char *holds, weights_mode 
     *out = &ck->weights;
     return STATUS_OK;
 }
+
+void checkpoint_on_progress(checkpoint *ck, checkpoint_listener listener, void *arg)
+{
+    ck->listener = listener;
+    ck->listener_arg = arg;
+}

@@ -57,6 +57,13 @@ void checkpoint_close(checkpoint *file); /* NULL is fine */
  * arithmetic the config does not (a bias, a norm). Once per open checkpoint. *out stays valid until checkpoint_close(). */
 status checkpoint_bind(checkpoint *file, const unsigned char *holds, weights_mode mode, const model_weights **out);
 
+/* Told now and then while weights are copied or read; may be called before checkpoint_bind(). */
+typedef void (*checkpoint_listener)(void *arg, size_t done_bytes, size_t total_bytes);
+void checkpoint_on_progress(checkpoint *file, checkpoint_listener listener, void *arg);
+/* Reads this rank's share of a mapped checkpoint into memory now, so that the first steps need not; does nothing where it is
+ * copied, or would fill more than half of the memory that is free. Ends early when *stop (NULL: never) turns true. */
+void checkpoint_warm(checkpoint *file, bool (*stop)(void));
+
 /* Bytes of weights in this process's memory right now: touched pages of the mapping, or the copies. */
 size_t checkpoint_resident_bytes(const checkpoint *file);
 

@@ -21,6 +21,10 @@
 
 #define MAX_AREAS  8192 /* a process may have 65,530 memory areas in all */
 #define COPY_ALIGN 64
+#define WARM_BYTES ((size_t)16 << 20)
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22
+#endif
 
 void checkpoint_advise(const void *from, size_t n, int advice)
 {
@@ -117,6 +121,12 @@ void checkpoint_keep_own(const checkpoint *ck)
 
 typedef status (*matrix_fn)(checkpoint *ck, weight_matrix *matrix);
 
+static void tell(const checkpoint *ck, size_t done, size_t total)
+{
+    if (ck->listener)
+        ck->listener(ck->listener_arg, done, total);
+}
+
 static size_t matrix_bytes(const weight_matrix *m)
 {
     return (size_t)m->n_out * (size_t)m->n_in * weight_format_size(m->format);
@@ -168,6 +178,7 @@ static status copy_matrix(checkpoint *ck, weight_matrix *m)
     memcpy(to, from, n);
     checkpoint_advise(from, n, MADV_DONTNEED); /* stays in the page cache for other ranks, but counts for this one no more */
     m->data = to;
+    tell(ck, ck->copy_used + n, ck->copy_size);
     ck->copy_used += (n + COPY_ALIGN - 1) / COPY_ALIGN * COPY_ALIGN;
     return STATUS_OK;
 }
@@ -187,6 +198,46 @@ status checkpoint_copy(checkpoint *ck)
     assert(ck->copy_used == ck->copy_size);
     checkpoint_advise_all(ck, MADV_DONTNEED); /* and what was mapped beside the copied bytes */
     return STATUS_OK;
+}
+
+/* ---- mapped: read ahead of the first step ---- */
+
+typedef struct {
+    const checkpoint *ck;
+    bool (*stop)(void);
+    size_t done, total;
+} warming;
+
+static void add_stretch(char *begin, char *end, bool ours, void *context)
+{
+    if (ours)
+        ((warming *)context)->total += (size_t)(end - begin);
+}
+
+static void read_stretch(char *begin, char *end, bool ours, void *context)
+{
+    warming *w = context;
+    for (char *at = begin; ours && at < end && !(w->stop && w->stop()); at += WARM_BYTES) {
+        size_t n = (size_t)(end - at) < WARM_BYTES ? (size_t)(end - at) : WARM_BYTES;
+        if (madvise(at, n, MADV_POPULATE_READ) != 0) /* a kernel before 5.14 */
+            for (size_t i = 0; i < n; i += 4096)
+                (void)*(volatile char *)(at + i);
+        w->done += n;
+        tell(w->ck, w->done, w->total);
+    }
+}
+
+void checkpoint_warm(checkpoint *ck, bool (*stop)(void))
+{
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    warming w = {.ck = ck, .stop = stop};
+    if (ck->copy || ck->weights.shared_bytes + ck->weights.expert_bytes > memory_available() / 2)
+        return;
+    for (int s = 0; s < ck->n_shards; s++)
+        walk_stretches(&ck->shards[s], page, page, add_stretch, &w);
+    tell(ck, 0, w.total);
+    for (int s = 0; s < ck->n_shards; s++)
+        walk_stretches(&ck->shards[s], page, page, read_stretch, &w);
 }
 
 /* ---- how much is in memory ---- */

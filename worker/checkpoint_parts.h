@@ -25,6 +25,8 @@ struct checkpoint {
     int n_owned, room_owned;
     unsigned char *copy; /* copy mode: the anonymous area */
     size_t copy_size, copy_used;
+    checkpoint_listener listener; /* NULL: nobody asks */
+    void *listener_arg;
     bool bound;
 };
 

@@ -87,6 +87,16 @@ status kernels_pick(kernel_isa *out)
                        isa_names[best_isa()]);
 }
 
+status kernel_isa_find(const char *name, kernel_isa *out)
+{
+    for (int isa = 0; isa < N_ISAS; isa++)
+        if (strcmp(name, isa_names[isa]) == 0) {
+            *out = (kernel_isa)isa;
+            return STATUS_OK;
+        }
+    return status_fail(STATUS_USAGE, "unknown instruction set '%s' (known: scalar, avx2, avx512, avx512bf16)", name);
+}
+
 size_t weight_format_size(weight_format format)
 {
     return format == FORMAT_F32 ? 4 : 2;

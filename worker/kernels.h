@@ -76,6 +76,8 @@ const char *kernel_isa_name(kernel_isa isa); /* "scalar", "avx2", "avx512", "avx
 /* The best this CPU has among those with one set of bits (up to avx512), or what CONVOKE_ISA names. Fails on an unknown name and
  * on one this CPU lacks, naming both. */
 status kernels_pick(kernel_isa *out);
+/* By name; STATUS_USAGE for an unknown one. Whether this CPU has it is not asked. */
+status kernel_isa_find(const char *name, kernel_isa *out);
 
 size_t weight_format_size(weight_format format); /* bytes per weight */
 /* One stored row [n] as fp32 (exact): embedding rows, norm weights, biases. */

@@ -16,13 +16,28 @@ struct runtime {
     const model_weights *weights;
     thread_pool *pool;
     engine *engine;
+    engine_limits limits;
+    const runtime_options *options; /* while loading */
 };
+
+/* A job that is continued keeps its instruction set: another would give other bits. */
+static status take_isa(const char *name, kernel_isa *out)
+{
+    TRY(kernel_isa_find(name, out));
+    if (kernels_of(*out))
+        return STATUS_OK;
+    char host[64] = "?";
+    gethostname(host, sizeof host - 1);
+    return status_fail(STATUS_UNSUPPORTED, "host %s has no %s, which this job runs", host, name);
+}
 
 /* A job runs one instruction set: the lowest that all its ranks have. */
 static status agree_on_isa(runtime *r)
 {
     kernel_isa mine = ISA_SCALAR;
     int lowest;
+    if (r->options->isa)
+        return group_agree(r->group, take_isa(r->options->isa, &r->isa));
     TRY(group_agree(r->group, kernels_pick(&mine)));
     TRY(group_min(r->group, (int)mine, &lowest));
     r->isa = (kernel_isa)lowest;
@@ -38,7 +53,7 @@ static int default_threads(const group *g)
     return cores > ranks_here ? (int)(cores / ranks_here) : 1;
 }
 
-static status make_plan(runtime *r, const char *path)
+static status make_plan(runtime *r, const char *path, const char *text)
 {
     const model_config *c = &r->config;
     r->layer_numbers = calloc((size_t)c->n_moe_layers + 1, sizeof *r->layer_numbers);
@@ -52,18 +67,26 @@ static status make_plan(runtime *r, const char *path)
                         .n_layers = c->n_moe_layers,
                         .layer_numbers = r->layer_numbers,
                         .model_name = c->name};
-    if (!path)
+    if (!path && !text)
         return plan_contiguous(&shape, group_node_of_rank(r->group), &r->plan);
-    TRY(plan_read(path, &shape, &r->plan));
+    TRY(path ? plan_read(path, &shape, &r->plan) : plan_parse("the plan", text, strlen(text), &shape, &r->plan));
     /* Where ranks really are beats what the plan was made for: "nearest replica" must mean near. */
     memcpy(r->plan.node_of_rank, group_node_of_rank(r->group), (size_t)shape.n_ranks * sizeof *r->plan.node_of_rank);
     return STATUS_OK;
+}
+
+static void hear_checkpoint(void *arg, size_t done, size_t total)
+{
+    const runtime_options *o = arg;
+    o->progress(o->progress_arg, "weights", done, total);
 }
 
 static status bind_weights(runtime *r, const runtime_options *o)
 {
     const model_config *c = &r->config;
     TRY(checkpoint_open(o->model_dir, c, &r->checkpoint));
+    if (o->progress)
+        checkpoint_on_progress(r->checkpoint, hear_checkpoint, (void *)o);
     unsigned char *holds = calloc((size_t)c->n_layers * (size_t)c->n_experts + 1, 1);
     if (!holds)
         return status_fail(STATUS_NO_MEMORY, "no memory for the list of this rank's experts");
@@ -73,13 +96,15 @@ static status bind_weights(runtime *r, const runtime_options *o)
                 plan_holds(&r->plan, l, e, group_rank(r->group));
     status st = checkpoint_bind(r->checkpoint, holds, o->weights, &r->weights);
     free(holds);
+    if (st == STATUS_OK && o->progress)
+        checkpoint_warm(r->checkpoint, group_told_to_stop);
     return st;
 }
 
 static status load(runtime *r, const runtime_options *o)
 {
     TRY(model_config_read(o->model_dir, &r->config));
-    TRY(make_plan(r, o->plan_path));
+    TRY(make_plan(r, o->plan_path, o->plan_text));
     TRY(bind_weights(r, o));
     r->threads = o->threads > 0 ? o->threads : default_threads(r->group);
     return thread_pool_create(r->threads, !group_shares_cores(r->group, r->threads), &r->pool);
@@ -105,8 +130,8 @@ static status complete_limits(const runtime *r, engine_limits *limits)
 
 static status create_engine(runtime *r, const runtime_options *o, engine_listener listener, void *arg)
 {
-    engine_limits limits = o->limits;
-    TRY(group_agree(r->group, complete_limits(r, &limits)));
+    r->limits = o->limits;
+    TRY(group_agree(r->group, complete_limits(r, &r->limits)));
     model_parts parts = {.config = &r->config,
                          .weights = r->weights,
                          .plan = &r->plan,
@@ -116,7 +141,7 @@ static status create_engine(runtime *r, const runtime_options *o, engine_listene
                          .replicas = o->replicas,
                          .combine = o->combine,
                          .rows = o->rows};
-    return engine_create(&parts, &limits, listener, arg, &r->engine);
+    return engine_create(&parts, &r->limits, listener, arg, &r->engine);
 }
 
 status runtime_create(group *g, const runtime_options *options, engine_listener listener, void *arg, runtime **out)
@@ -125,10 +150,13 @@ status runtime_create(group *g, const runtime_options *options, engine_listener 
     if (!r)
         return group_agree(g, status_fail(STATUS_NO_MEMORY, "no memory to start"));
     r->group = g;
+    r->options = options;
     status st;
     TRY_GOTO(agree_on_isa(r), fail);
     TRY_GOTO(group_agree(g, load(r, options)), fail);
     TRY_GOTO(create_engine(r, options, listener, arg), fail);
+    r->options = NULL;
+    checkpoint_on_progress(r->checkpoint, NULL, NULL);
     *out = r;
     return STATUS_OK;
 fail:
@@ -172,6 +200,16 @@ kernel_isa runtime_isa(const runtime *r)
 int runtime_threads(const runtime *r)
 {
     return r->threads;
+}
+
+const engine_limits *runtime_limits(const runtime *r)
+{
+    return &r->limits;
+}
+
+const int *runtime_moe_layers(const runtime *r)
+{
+    return r->layer_numbers;
 }
 
 static unsigned long long resident_now(void)

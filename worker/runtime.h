@@ -10,12 +10,18 @@
 
 typedef struct {
     const char *model_dir;
-    const char *plan_path; /* NULL: the contiguous plan */
+    const char *plan_path; /* NULL: plan_text, or the contiguous plan */
+    const char *plan_text; /* NULL, or a plan as JSON */
+    const char *isa;       /* NULL: the best that all ranks have; else all of them must have this one */
     int threads;           /* per rank; 0: the node's cores over its ranks */
     weights_mode weights;
     combine_mode combine;
     row_format rows;
     replica_choice replicas;
+    /* Called on this rank while it loads, with bytes of its share of the weights (NULL: nobody asks, and mapped weights are not
+     * read before the first step wants them). */
+    void (*progress)(void *arg, const char *stage, size_t done_bytes, size_t total_bytes);
+    void *progress_arg;
     engine_limits limits; /* max_length 0: the model's own; kv_bytes 0: what max_sequences of max_length need, at most 1 GiB */
 } runtime_options;
 
@@ -37,6 +43,8 @@ const model_config *runtime_config(const runtime *r);
 const plan *runtime_plan(const runtime *r);
 kernel_isa runtime_isa(const runtime *r);
 int runtime_threads(const runtime *r);
+const engine_limits *runtime_limits(const runtime *r); /* with what was left open filled in */
+const int *runtime_moe_layers(const runtime *r);       /* [n_moe_layers] the model's own layer numbers */
 void runtime_memory_use(const runtime *r, runtime_memory *out);
 
 #endif
