@@ -171,6 +171,58 @@ status control_put_to_coordinator(bytes_writer *to, const Convoke__Control__ToCo
     return put_frame(to, &message->base);
 }
 
+/* A field of message type on the wire is its tag, the length, and the message; so messages can be put together from packed
+ * parts. */
+#define TAG_OF(field) ((uint32_t)(field) << 3 | 2)
+enum { REPORT_EVENTS_FIELD = 16, TO_COORDINATOR_REPORT_FIELD = 4 }; /* control.proto */
+
+static size_t put_varint(unsigned char *to, uint64_t value)
+{
+    size_t n = 0;
+    for (; value >= 0x80; value >>= 7)
+        to[n++] = (unsigned char)(value | 0x80);
+    to[n++] = (unsigned char)value;
+    return n;
+}
+
+static size_t put_part_head(unsigned char head[20], int field, size_t size)
+{
+    size_t n = put_varint(head, TAG_OF(field));
+    return n + put_varint(head + n, size);
+}
+
+status control_add_event(bytes_writer *events, const Convoke__Control__Event *event)
+{
+    unsigned char head[20];
+    size_t size = protobuf_c_message_get_packed_size(&event->base), n = put_part_head(head, REPORT_EVENTS_FIELD, size);
+    unsigned char *at = bytes_extend(events, n + size);
+    if (!at)
+        return status_fail(STATUS_NO_MEMORY, "no memory for an event of %zu bytes", size);
+    memcpy(at, head, n);
+    protobuf_c_message_pack(&event->base, at + n);
+    return STATUS_OK;
+}
+
+status control_put_report(bytes_writer *to, const Convoke__Control__Report *report, const bytes_writer *events)
+{
+    unsigned char head[20];
+    size_t own = protobuf_c_message_get_packed_size(&report->base), inner = own + events->size;
+    size_t n = put_part_head(head, TO_COORDINATOR_REPORT_FIELD, inner), size = n + inner;
+    if (events->failed)
+        return status_fail(STATUS_NO_MEMORY, "no memory for the events of a step");
+    if (size > CONTROL_FRAME_BYTES)
+        return status_fail(STATUS_BAD_INPUT, "a report of %zu bytes, more than the %zu allowed", size, CONTROL_FRAME_BYTES);
+    unsigned char *at = bytes_extend(to, FRAME_HEADER_BYTES + size);
+    if (!at)
+        return status_fail(STATUS_NO_MEMORY, "no memory for a report of %zu bytes", size);
+    frame_put_header(at, (uint32_t)size);
+    memcpy(at + FRAME_HEADER_BYTES, head, n);
+    protobuf_c_message_pack(&report->base, at + FRAME_HEADER_BYTES + n);
+    if (events->size)
+        memcpy(at + FRAME_HEADER_BYTES + n + own, events->data, events->size);
+    return STATUS_OK;
+}
+
 status control_get_to_leader(const void *payload, size_t size, Convoke__Control__ToLeader **out)
 {
     Convoke__Control__ToLeader *m = convoke__control__to_leader__unpack(NULL, size, payload);

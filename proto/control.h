@@ -48,6 +48,10 @@ status control_tune_socket(int fd);
  * CONTROL_FRAME_BYTES; nothing was appended. */
 status control_put_to_leader(bytes_writer *to, const Convoke__Control__ToLeader *message);
 status control_put_to_coordinator(bytes_writer *to, const Convoke__Control__ToCoordinator *message);
+/* A step's Report whose events were packed one by one, as they came: what they pointed to need not live on. */
+status control_add_event(bytes_writer *events, const Convoke__Control__Event *event);
+/* `report` itself has no events. STATUS_BAD_INPUT: longer than CONTROL_FRAME_BYTES. */
+status control_put_report(bytes_writer *to, const Convoke__Control__Report *report, const bytes_writer *events);
 /* From a frame's payload; a message without content is refused as well. Freed by
  * convoke__control__to_leader__free_unpacked(m, NULL) and convoke__control__to_coordinator__free_unpacked(m, NULL). */
 status control_get_to_leader(const void *payload, size_t size, Convoke__Control__ToLeader **out);

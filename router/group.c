@@ -485,9 +485,14 @@ group_pulse *group_pulse_of(const group *g, int rank)
     return g->node_of_rank[rank] == g->node ? &board_of(g, g->local_of_rank[rank])->pulse : NULL;
 }
 
-bool group_launched(const group *g)
+bool group_launched(void)
 {
-    return g->links != NULL;
+    return group_mpi_launched();
+}
+
+void group_heed_stop(void)
+{
+    node_stop_install();
 }
 
 bool group_shares_cores(const group *g, int threads_per_rank)

@@ -46,11 +46,14 @@ int group_n_nodes(const group *g);
 const int *group_node_of_rank(const group *g); /* [size] */
 const char *group_host(const group *g, int rank);
 int group_pid(const group *g, int rank);
-group_pulse *group_pulse_of(const group *g, int rank); /* NULL: on another node */
-bool group_launched(const group *g);                   /* by mpirun or its like, which ends the job when a rank ends badly */
+group_pulse *group_pulse_of(const group *g, int rank);         /* NULL: on another node */
 bool group_shares_cores(const group *g, int threads_per_rank); /* more threads than cores on this node: do not spin */
+/* By mpirun or its like, which ends the job when a rank ends badly; may be asked before group_create(). */
+bool group_launched(void);
+/* A group of one leaves SIGTERM alone; now it is a wish there as well. */
+void group_heed_stop(void);
 /* SIGTERM has come. Waits inside the group and the exchange end by themselves (STATUS_STOPPED); other loops ask here. Always
- * false in a group of one, which leaves the signal alone. */
+ * false in a group of one without group_heed_stop(). */
 bool group_told_to_stop(void);
 /* From now on a wait inside the group or the exchange that takes longer ends with STATUS_PEER_LOST and names who is missing; the
  * leader's next message (group_broadcast_message) may take any time. 0: no wait ends so (as at start: loading takes its time). */
