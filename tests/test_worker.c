@@ -1,0 +1,533 @@
+/* test_worker.c - convoke-worker under mpirun with a small coordinator: it joins, serves the reference's own tokens, and ends in
+ * order or at once, whatever happens to a rank, to mpirun or to the coordinator; nothing is left behind. */
+#include "tests/fake_control.h"
+#include "tests/support.h"
+
+#include "proto/clock.h"
+#include "proto/safetensors.h"
+
+#include <fcntl.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#define MODEL "qwen3_moe"
+enum { MAX_SEQUENCES = 8, MAX_TOKENS = 256 };
+
+typedef Convoke__Control__ToCoordinator from_worker;
+typedef Convoke__Control__Sequence sequence;
+
+/* ---- what comes back ---- */
+
+typedef struct {
+    int32_t tokens[MAX_SEQUENCES][MAX_TOKENS];
+    int n[MAX_SEQUENCES], started[MAX_SEQUENCES];
+    bool finished[MAX_SEQUENCES];
+    Convoke__Control__Finish finish[MAX_SEQUENCES];
+    char reason[MAX_SEQUENCES][512];
+    int reports;
+} answers;
+
+static void take_event(answers *a, const Convoke__Control__Event *e)
+{
+    assert_true(e->id < MAX_SEQUENCES);
+    assert_false(a->finished[e->id]);
+    if (e->kind == CONVOKE__CONTROL__EVENT_KIND__STARTED)
+        a->started[e->id]++;
+    if (e->kind == CONVOKE__CONTROL__EVENT_KIND__TOKEN) {
+        assert_int_equal((int)e->n_tokens, 1);
+        assert_true(a->n[e->id] < MAX_TOKENS);
+        a->tokens[e->id][a->n[e->id]++] = (int32_t)e->tokens[0]->token;
+    }
+    if (e->kind == CONVOKE__CONTROL__EVENT_KIND__FINISHED) {
+        a->finished[e->id] = true;
+        a->finish[e->id] = e->finish;
+        snprintf(a->reason[e->id], sizeof a->reason[0], "%s", e->reason);
+    }
+}
+
+/* Takes one message; false: the connection has ended. */
+static bool listen_once(fake_control *f, answers *a, double seconds)
+{
+    from_worker *m = fake_control_hear(f, seconds);
+    if (!m)
+        return false;
+    assert_int_equal(m->kind_case, CONVOKE__CONTROL__TO_COORDINATOR__KIND_REPORT);
+    a->reports++;
+    for (size_t i = 0; i < m->report->n_events; i++)
+        take_event(a, m->report->events[i]);
+    fake_control_free(m);
+    return true;
+}
+
+static void listen_until_finished(fake_control *f, answers *a, int id)
+{
+    while (!a->finished[id])
+        assert_true(listen_once(f, a, 60));
+}
+
+/* ---- what is asked ---- */
+
+static safetensors *reference;
+
+static const tensor_view *reference_tensor(const char *kind, int i)
+{
+    char name[32];
+    snprintf(name, sizeof name, "%s_%d", kind, i);
+    const tensor_view *view = safetensors_find(reference, name);
+    assert_non_null(view);
+    return view;
+}
+
+/* The reference's prompt i, to be continued greedily. */
+static sequence ask(int id, int i, int max_new)
+{
+    sequence q = CONVOKE__CONTROL__SEQUENCE__INIT;
+    const tensor_view *prompt = reference_tensor("prompt", i);
+    q.id = (uint64_t)id;
+    q.tokens = (int32_t *)prompt->data;
+    q.n_tokens = (size_t)prompt->shape[0];
+    q.max_new = (uint32_t)max_new;
+    q.ignore_eos = true;
+    q.owner = -1;
+    return q;
+}
+
+static void submit(fake_control *f, sequence *list, int n, uint64_t launch)
+{
+    Convoke__Control__ToLeader m = CONVOKE__CONTROL__TO_LEADER__INIT;
+    Convoke__Control__Submit submit_message = CONVOKE__CONTROL__SUBMIT__INIT;
+    sequence *pointers[MAX_SEQUENCES];
+    for (int i = 0; i < n; i++)
+        pointers[i] = &list[i];
+    submit_message.launch = launch;
+    submit_message.n_sequences = (size_t)n;
+    submit_message.sequences = pointers;
+    m.kind_case = CONVOKE__CONTROL__TO_LEADER__KIND_SUBMIT;
+    m.submit = &submit_message;
+    fake_control_send(f, &m);
+}
+
+static void submit_one(fake_control *f, int id, int i, int max_new)
+{
+    sequence q = ask(id, i, max_new);
+    submit(f, &q, 1, FAKE_LAUNCH);
+}
+
+static int greedy_length(int i)
+{
+    return (int)reference_tensor("greedy", i)->shape[0];
+}
+
+static void assert_reference(const answers *a, int id, int i)
+{
+    const tensor_view *greedy = reference_tensor("greedy", i);
+    assert_int_equal(a->n[id], (int)greedy->shape[0]);
+    assert_memory_equal(a->tokens[id], greedy->data, (size_t)a->n[id] * sizeof(int32_t));
+    assert_int_equal(a->finish[id], CONVOKE__CONTROL__FINISH__LENGTH);
+}
+
+static void serve(fake_control *f, int n_ranks, const char *extra)
+{
+    fake_control_free(fake_control_serve(f, n_ranks, extra));
+}
+
+static void rest(double seconds)
+{
+    nanosleep(&(struct timespec){.tv_sec = (time_t)seconds, .tv_nsec = (long)((seconds - (double)(time_t)seconds) * 1e9)}, NULL);
+}
+
+/* Told to stop, the job ends with exit code 0. */
+static void stop_in_order(fake_control *f)
+{
+    fake_control_send_stop(f);
+    assert_null(fake_control_hear(f, 10));
+    fake_control_await_end(f, 10);
+    assert_int_equal(f->exit_code, 0);
+    fake_control_close(f);
+}
+
+/* ---- serving ---- */
+
+static void serves_reference_on(int n_ranks, const char *extra)
+{
+    fake_control f;
+    answers *a = calloc(1, sizeof *a);
+    fake_control_open(&f, support_data(MODEL));
+    from_worker *m = fake_control_serve(&f, n_ranks, extra);
+    assert_string_equal(m->ready->combine, "fixed");
+    assert_string_equal(m->ready->model_name, MODEL);
+    assert_true(m->ready->n_eos_ids > 0 && m->ready->vocab > 0 && m->ready->max_length > 0 && m->ready->n_layers > 0);
+    assert_int_equal((int)m->ready->n_kv_blocks_of_rank, f.n_ranks);
+    fake_control_free(m);
+    sequence list[3];
+    for (int i = 0; i < 3; i++)
+        list[i] = ask(i, i, greedy_length(i));
+    submit(&f, list, 3, FAKE_LAUNCH);
+    for (int i = 0; i < 3; i++)
+        listen_until_finished(&f, a, i);
+    for (int i = 0; i < 3; i++)
+        assert_reference(a, i, i);
+    free(a);
+    stop_in_order(&f);
+}
+
+static void one_rank_serves_the_reference(void **state)
+{
+    (void)state;
+    serves_reference_on(1, NULL);
+}
+
+static void without_mpirun_too(void **state)
+{
+    (void)state;
+    serves_reference_on(0, NULL);
+}
+
+static void two_ranks_serve_the_reference(void **state)
+{
+    (void)state;
+    serves_reference_on(2, NULL);
+}
+
+static void four_ranks_on_two_nodes_serve_the_reference(void **state)
+{
+    (void)state;
+    serves_reference_on(4, "--ranks-per-node 2");
+}
+
+static void a_long_answer_is_cancelled(void **state)
+{
+    (void)state;
+    fake_control f;
+    answers *a = calloc(1, sizeof *a);
+    fake_control_open(&f, support_data(MODEL));
+    serve(&f, 2, NULL);
+    submit_one(&f, 0, 0, MAX_TOKENS / 2);
+    submit_one(&f, 1, 1, greedy_length(1));
+    while (a->n[0] < 3)
+        assert_true(listen_once(&f, a, 30));
+    fake_control_send_ids(&f, CONVOKE__CONTROL__TO_LEADER__KIND_CANCEL, FAKE_LAUNCH, 0);
+    listen_until_finished(&f, a, 0);
+    assert_int_equal(a->finish[0], CONVOKE__CONTROL__FINISH__CANCELLED);
+    assert_true(a->n[0] < MAX_TOKENS / 2);
+    listen_until_finished(&f, a, 1);
+    assert_reference(a, 1, 1);
+    free(a);
+    stop_in_order(&f);
+}
+
+static void a_refused_sequence_fails_alone(void **state)
+{
+    (void)state;
+    fake_control f;
+    answers *a = calloc(1, sizeof *a);
+    fake_control_open(&f, support_data(MODEL));
+    serve(&f, 1, NULL);
+    sequence list[2] = {ask(0, 0, 1 << 30), ask(1, 1, greedy_length(1))};
+    submit(&f, list, 2, FAKE_LAUNCH);
+    listen_until_finished(&f, a, 0);
+    assert_int_equal(a->finish[0], CONVOKE__CONTROL__FINISH__FAILED);
+    assert_true(strlen(a->reason[0]) > 10);
+    listen_until_finished(&f, a, 1);
+    assert_reference(a, 1, 1);
+    free(a);
+    stop_in_order(&f);
+}
+
+static void messages_of_another_launch_do_nothing(void **state)
+{
+    (void)state;
+    fake_control f;
+    answers *a = calloc(1, sizeof *a);
+    fake_control_open(&f, support_data(MODEL));
+    serve(&f, 1, NULL);
+    sequence stranger = ask(5, 0, 4);
+    submit(&f, &stranger, 1, FAKE_LAUNCH - 1);
+    submit(&f, &stranger, 1, FAKE_LAUNCH + 1);
+    submit_one(&f, 0, 0, greedy_length(0));
+    listen_until_finished(&f, a, 0);
+    assert_reference(a, 0, 0);
+    assert_int_equal(a->n[5] + a->started[5], 0);
+    assert_true(fake_control_said(&f, "the coordinator speaks of launch 6, this is launch 7"));
+    assert_false(fake_control_said(&f, "launch 8"));
+    free(a);
+    stop_in_order(&f);
+}
+
+/* ---- joining ---- */
+
+static void refuse(fake_control *f, const char *reason)
+{
+    Convoke__Control__ToLeader m = CONVOKE__CONTROL__TO_LEADER__INIT;
+    Convoke__Control__Refusal refusal = CONVOKE__CONTROL__REFUSAL__INIT;
+    refusal.reason = (char *)reason;
+    m.kind_case = CONVOKE__CONTROL__TO_LEADER__KIND_REFUSAL;
+    m.refusal = &refusal;
+    fake_control_send(f, &m);
+}
+
+static void hello_shows_secret_and_ranks(void **state)
+{
+    (void)state;
+    fake_control f;
+    fake_control_open(&f, support_data(MODEL));
+    fake_control_launch(&f, 2, "--ranks-per-node 1");
+    from_worker *m = fake_control_greet(&f);
+    assert_int_equal((int)m->hello->protocol, CONTROL_PROTOCOL);
+    assert_true(control_secret_equal(&f.secret, m->hello->secret.data, m->hello->secret.len));
+    assert_int_equal((int)m->hello->n_node_of_rank, 2);
+    assert_int_equal((int)m->hello->node_of_rank[1], 1);
+    assert_true(strlen(m->hello->host_of_rank[1]) > 0);
+    fake_control_free(m);
+    refuse(&f, "this coordinator wants protocol 99");
+    fake_control_await_end(&f, 10);
+    assert_int_not_equal(f.exit_code, 0);
+    assert_true(fake_control_said(&f, "refuses: this coordinator wants protocol 99"));
+    fake_control_close(&f);
+}
+
+static void a_secret_that_others_can_read_is_refused(void **state)
+{
+    (void)state;
+    fake_control f;
+    fake_control_open(&f, support_data(MODEL));
+    assert_int_equal(chmod(f.secret_path, 0644), 0);
+    fake_control_launch(&f, 2, NULL);
+    fake_control_await_end(&f, 10);
+    assert_int_not_equal(f.exit_code, 0);
+    assert_true(fake_control_said(&f, "others may read or write this secret"));
+    fake_control_close(&f);
+}
+
+static void workers_wait_for_a_late_coordinator_but_not_for_ever(void **state)
+{
+    (void)state;
+    fake_control f;
+    fake_control_open(&f, support_data(MODEL));
+    close(f.listener); /* nobody listens at that port now */
+    fake_control_launch(&f, 2, "--connect-seconds 1.5");
+    fake_control_await_end(&f, 10);
+    assert_int_not_equal(f.exit_code, 0);
+    assert_true(fake_control_said(&f, "cannot be reached"));
+    f.listener = -1;
+    fake_control_close(&f);
+}
+
+static void a_model_that_is_not_there_is_named(void **state)
+{
+    (void)state;
+    fake_control f;
+    fake_control_open(&f, "/nowhere/at/all");
+    fake_control_launch(&f, 2, NULL);
+    fake_control_free(fake_control_greet(&f));
+    fake_control_send_setup(&f);
+    from_worker *m = fake_control_hear(&f, 20);
+    assert_non_null(m);
+    assert_int_equal(m->kind_case, CONVOKE__CONTROL__TO_COORDINATOR__KIND_GOODBYE);
+    assert_non_null(strstr(m->goodbye->reason, "/nowhere/at/all"));
+    fake_control_free(m);
+    fake_control_await_end(&f, 10);
+    assert_int_not_equal(f.exit_code, 0);
+    fake_control_close(&f);
+}
+
+/* ---- ending ---- */
+
+/* Two long answers under way. */
+static void keep_busy(fake_control *f, answers *a)
+{
+    submit_one(f, 0, 0, MAX_TOKENS / 2);
+    submit_one(f, 1, 1, MAX_TOKENS / 2);
+    while (a->n[0] < 2)
+        assert_true(listen_once(f, a, 30));
+}
+
+static void without_coordinator_all_ends(void **state)
+{
+    (void)state;
+    for (int busy = 0; busy < 2; busy++) {
+        fake_control f;
+        answers *a = calloc(1, sizeof *a);
+        fake_control_open(&f, support_data(MODEL));
+        serve(&f, 2, NULL);
+        if (busy)
+            keep_busy(&f, a);
+        close(f.fd);
+        f.fd = -1;
+        fake_control_await_end(&f, 3);
+        assert_true(fake_control_said(&f, "the coordinator at 127.0.0.1"));
+        assert_int_not_equal(f.exit_code, 0);
+        fake_control_close(&f);
+        free(a);
+    }
+}
+
+static void a_killed_rank_ends_the_job(void **state)
+{
+    (void)state;
+    for (int victim = 0; victim < 3; victim += 2) {
+        fake_control f;
+        answers *a = calloc(1, sizeof *a);
+        fake_control_open(&f, support_data(MODEL));
+        serve(&f, 3, NULL);
+        keep_busy(&f, a);
+        kill(f.pids[victim], SIGKILL);
+        fake_control_await_end(&f, 3);
+        assert_true(fake_control_said(&f, victim == 0 ? "rank 0 (pid" : "rank 2 (pid"));
+        fake_control_close(&f);
+        free(a);
+    }
+}
+
+static void a_killed_mpirun_leaves_nobody(void **state)
+{
+    (void)state;
+    fake_control f;
+    fake_control_open(&f, support_data(MODEL));
+    serve(&f, 2, NULL);
+    kill(fake_control_mpirun(&f), SIGKILL);
+    fake_control_await_end(&f, 3);
+    fake_control_close(&f);
+}
+
+/* Reads until the connection ends; whether Goodbye or a beat named the rank. */
+static bool hear_of_hang(fake_control *f, int rank, double hang_seconds, char *sentence, size_t size)
+{
+    double most_silent = 0;
+    *sentence = '\0';
+    for (from_worker *m; (m = fake_control_receive(f, hang_seconds + 5)); fake_control_free(m)) {
+        if (m->kind_case == CONVOKE__CONTROL__TO_COORDINATOR__KIND_BEAT && (int)m->beat->n_silent_ms_of_rank > rank &&
+            m->beat->silent_ms_of_rank[rank] > most_silent)
+            most_silent = m->beat->silent_ms_of_rank[rank];
+        if (m->kind_case == CONVOKE__CONTROL__TO_COORDINATOR__KIND_GOODBYE)
+            snprintf(sentence, size, "%s", m->goodbye->reason);
+    }
+    return most_silent > 500 * hang_seconds;
+}
+
+static void a_stopped_rank_is_a_hang_when_others_need_it(void **state)
+{
+    (void)state;
+    const double hang_seconds = 2;
+    char sentence[1024], who[64];
+    fake_control f;
+    fake_control_open(&f, support_data(MODEL));
+    f.setup.hang_ms = (uint32_t)(1e3 * hang_seconds);
+    serve(&f, 3, NULL);
+    kill(f.pids[1], SIGSTOP);
+    rest(hang_seconds + 1); /* idle: nobody needs it */
+    assert_int_equal(kill(f.pids[0], 0), 0);
+    double start = clock_seconds();
+    submit_one(&f, 0, 0, 8);
+    assert_true(hear_of_hang(&f, 1, hang_seconds, sentence, sizeof sentence));
+    fake_control_await_end(&f, hang_seconds + 3 - (clock_seconds() - start));
+    snprintf(who, sizeof who, "rank 1 (pid %d, host ", (int)f.pids[1]);
+    assert_non_null(strstr(sentence, who));
+    assert_non_null(strstr(sentence, "was last heard"));
+    assert_true(fake_control_said(&f, sentence));
+    fake_control_close(&f);
+}
+
+static void a_stopped_leader_is_a_hang_too(void **state)
+{
+    (void)state;
+    fake_control f;
+    answers *a = calloc(1, sizeof *a);
+    fake_control_open(&f, support_data(MODEL));
+    f.setup.hang_ms = 1500;
+    serve(&f, 2, NULL);
+    for (int i = 0; i < MAX_SEQUENCES; i++)
+        submit_one(&f, i, i % 3, MAX_TOKENS / 2);
+    while (a->n[0] < 2)
+        assert_true(listen_once(&f, a, 30));
+    kill(f.pids[0], SIGSTOP);
+    fake_control_await_end(&f, 1.5 + 3);
+    assert_true(fake_control_said(&f, "rank 0 (pid"));
+    fake_control_close(&f);
+    free(a);
+}
+
+static void a_damaged_frame_ends_the_job(void **state)
+{
+    (void)state;
+    fake_control f;
+    fake_control_open(&f, support_data(MODEL));
+    serve(&f, 2, NULL);
+    static const unsigned char junk[] = {0xff, 0xff, 0xff, 0xff, 1, 2, 3};
+    fake_control_send_bytes(&f, junk, sizeof junk);
+    from_worker *m = fake_control_hear(&f, 10);
+    assert_non_null(m);
+    assert_int_equal(m->kind_case, CONVOKE__CONTROL__TO_COORDINATOR__KIND_GOODBYE);
+    assert_non_null(strstr(m->goodbye->reason, "a frame of 4294967295 bytes"));
+    fake_control_free(m);
+    fake_control_await_end(&f, 3);
+    assert_true(fake_control_said(&f, "a frame of 4294967295 bytes"));
+    fake_control_close(&f);
+}
+
+static void a_terminated_leader_ends_in_order(void **state)
+{
+    (void)state;
+    for (int n_ranks = 0; n_ranks < 3; n_ranks += 2) {
+        fake_control f;
+        fake_control_open(&f, support_data(MODEL));
+        serve(&f, n_ranks, NULL);
+        kill(f.pids[0], SIGTERM);
+        from_worker *m = fake_control_hear(&f, 10);
+        assert_non_null(m);
+        assert_int_equal(m->kind_case, CONVOKE__CONTROL__TO_COORDINATOR__KIND_GOODBYE);
+        assert_non_null(strstr(m->goodbye->reason, "SIGTERM"));
+        fake_control_free(m);
+        assert_null(fake_control_hear(&f, 10));
+        fake_control_await_end(&f, 5);
+        assert_int_equal(f.exit_code, 0);
+        fake_control_close(&f);
+    }
+}
+
+static int open_reference(void **state)
+{
+    (void)state;
+    char path[4096];
+    snprintf(path, sizeof path, "%s/reference.safetensors", support_data(MODEL));
+    return safetensors_open(path, &reference) == STATUS_OK ? 0 : -1;
+}
+
+static int close_reference(void **state)
+{
+    (void)state;
+    safetensors_close(reference);
+    return 0;
+}
+
+int main(void)
+{
+    static const struct CMUnitTest tests[] = {
+        {"one rank serves the reference's tokens", one_rank_serves_the_reference, NULL, NULL, NULL},
+        {"a worker without mpirun does too", without_mpirun_too, NULL, NULL, NULL},
+        {"two ranks do", two_ranks_serve_the_reference, NULL, NULL, NULL},
+        {"four ranks on two nodes do", four_ranks_on_two_nodes_serve_the_reference, NULL, NULL, NULL},
+        {"a cancelled sequence ends and the others go on", a_long_answer_is_cancelled, NULL, NULL, NULL},
+        {"what the engine refuses fails alone, with the sentence", a_refused_sequence_fails_alone, NULL, NULL, NULL},
+        {"messages of another launch do nothing and are logged once", messages_of_another_launch_do_nothing, NULL, NULL, NULL},
+        {"hello shows the secret and who is where; a refusal is printed", hello_shows_secret_and_ranks, NULL, NULL, NULL},
+        {"a secret that others can read is refused", a_secret_that_others_can_read_is_refused, NULL, NULL, NULL},
+        {"workers wait for a coordinator, but not for ever", workers_wait_for_a_late_coordinator_but_not_for_ever, NULL, NULL,
+         NULL},
+        {"a model that is not there is named in goodbye", a_model_that_is_not_there_is_named, NULL, NULL, NULL},
+        {"without coordinator all processes end, idle or busy", without_coordinator_all_ends, NULL, NULL, NULL},
+        {"a killed rank ends the job, and is named", a_killed_rank_ends_the_job, NULL, NULL, NULL},
+        {"a killed mpirun leaves nobody", a_killed_mpirun_leaves_nobody, NULL, NULL, NULL},
+        {"a stopped rank is a hang when others need it, not before", a_stopped_rank_is_a_hang_when_others_need_it, NULL, NULL,
+         NULL},
+        {"a stopped leader is a hang too", a_stopped_leader_is_a_hang_too, NULL, NULL, NULL},
+        {"a damaged frame ends the job with a sentence", a_damaged_frame_ends_the_job, NULL, NULL, NULL},
+        {"a terminated leader ends the job in order", a_terminated_leader_ends_in_order, NULL, NULL, NULL},
+    };
+    return cmocka_run_group_tests(tests, open_reference, close_reference);
+}
