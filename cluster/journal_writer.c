@@ -460,10 +460,11 @@ static status start_writer(journal_writer *w)
     TRY(journal_store_open(w->path, &w->options.self, w->options.lease_seconds, &w->store));
     TRY(journal_store_last_launch(w->store, &w->launch));
     TRY(journal_store_ids(w->store, remember, w));
-    if (pthread_create(&w->thread, NULL, run_writer, w) != 0)
-        return status_fail(STATUS_NO_MEMORY, "%s: no thread for the journal", w->path);
-    w->started = true;
-    return STATUS_OK;
+    w->started = true; /* before the thread is: it reads what lies beside */
+    if (pthread_create(&w->thread, NULL, run_writer, w) == 0)
+        return STATUS_OK;
+    w->started = false;
+    return status_fail(STATUS_NO_MEMORY, "%s: no thread for the journal", w->path);
 }
 
 status journal_writer_open(const journal_writer_options *options, journal_writer **out)
