@@ -17,7 +17,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { MAX_WATCHERS = 4, MAX_TOKEN_BYTES = 512 };
+enum { MAX_WATCHERS = 4, MAX_TOKEN_BYTES = 512, SUMMARY_RANKS = 4096 };
 
 /* A string handed out by coordinator_info; lives as long as the coordinator. */
 typedef struct interned {
@@ -58,6 +58,8 @@ struct coordinator {
     unsigned long long rate_tokens;
     int *layer_numbers;
     int n_layers;
+    /* what all launches have done, for the last word: of those before this one, and of this one */
+    uint64_t earlier_rows[SUMMARY_RANKS], rows[SUMMARY_RANKS], earlier_bytes[3], bytes[3];
 };
 
 /* ---- small things ---------------------------------------------------------------------------------------------------------- */
@@ -202,6 +204,14 @@ static void note_ready(coordinator *c, const Convoke__Control__Ready *ready, con
         i->kv_blocks += ready->kv_blocks_of_rank[r];
     note_eos(c, ready);
     note_layers(c, ready);
+    for (int r = 0; r < SUMMARY_RANKS; r++) {
+        c->earlier_rows[r] += c->rows[r];
+        c->rows[r] = 0;
+    }
+    for (int k = 0; k < 3; k++) {
+        c->earlier_bytes[k] += c->bytes[k];
+        c->bytes[k] = 0;
+    }
     c->kv_free = i->kv_blocks;
     c->launch = ready->launch;
     c->n_launches++;
@@ -319,6 +329,10 @@ static void on_report(void *arg, const Convoke__Control__Report *r)
     c->n_waiting_sequences = r->n_waiting;
     c->prefix_queries = r->prefix_queries;
     c->prefix_hits = r->prefix_hits;
+    for (size_t k = 0; k < r->n_tokens_of_rank && k < SUMMARY_RANKS; k++)
+        c->rows[k] = r->tokens_of_rank[k];
+    for (size_t k = 0; k < r->n_link_bytes && k < 3; k++)
+        c->bytes[k] = r->link_bytes[k];
     double usage = c->info.kv_blocks > 0 ? 1 - (double)c->kv_free / (double)c->info.kv_blocks : 0;
     pthread_cond_broadcast(&c->changed);
     pthread_mutex_unlock(&c->lock);
@@ -456,6 +470,44 @@ void coordinator_tick(coordinator *c)
     const char *trouble = journal_trouble(c->journal);
     if (*trouble)
         log_line("%s", trouble);
+}
+
+/* "rank 0 52 %, rank 1 48 %", or the busiest over the mean where there are too many to list. */
+static void say_shares(char *to, size_t size, const uint64_t *rows, int n, uint64_t sum)
+{
+    int busiest = 0;
+    size_t at = 0;
+    *to = '\0';
+    for (int r = 0; r < n; r++) {
+        busiest = rows[r] > rows[busiest] ? r : busiest;
+        if (n <= 8 && at < size)
+            at += (size_t)snprintf(to + at, size - at, "%srank %d %.0f %%", r ? ", " : "", r,
+                                   100.0 * (double)rows[r] / (double)sum);
+    }
+    if (n > 8)
+        snprintf(to, size, "%d ranks, the busiest (%d) %.2fx the mean", n, busiest, (double)rows[busiest] * n / (double)sum);
+}
+
+void coordinator_say_summary(coordinator *c)
+{
+    requests_counts n;
+    requests_count(c->requests, &n);
+    uint64_t rows[SUMMARY_RANKS], sum = 0, bytes[3], all_bytes = 0;
+    pthread_mutex_lock(&c->lock);
+    int n_ranks = c->info.n_ranks < SUMMARY_RANKS ? c->info.n_ranks : SUMMARY_RANKS;
+    for (int r = 0; r < n_ranks; r++)
+        sum += rows[r] = c->earlier_rows[r] + c->rows[r];
+    for (int k = 0; k < 3; k++)
+        all_bytes += bytes[k] = c->earlier_bytes[k] + c->bytes[k];
+    pthread_mutex_unlock(&c->lock);
+    if (sum == 0)
+        return;
+    char shares[256];
+    say_shares(shares, sizeof shares, rows, n_ranks, sum);
+    log_line("served %llu prompt tokens and %llu new ones; the experts' work: %s", n.prompt_tokens, n.generated_tokens, shares);
+    if (n_ranks > 1 && all_bytes > 0)
+        log_line("rows between ranks: %s kept to themselves, %s inside a node, %s between nodes",
+                 human_bytes((double)bytes[0]).text, human_bytes((double)bytes[1]).text, human_bytes((double)bytes[2]).text);
 }
 
 /* ---- what doors ask

@@ -34,6 +34,8 @@ bool coordinator_is_draining(coordinator *c);
 bool coordinator_is_idle(coordinator *c); /* no live request */
 /* Ends what still runs; for the end of a drain. */
 void coordinator_end_requests(coordinator *c);
+/* The last word: what was served, and where the experts' work went. */
+void coordinator_say_summary(coordinator *c);
 /* Why the last launch ended, for the last word of a server that never was ready. */
 void coordinator_last_sentence(coordinator *c, char *sentence, size_t size);
 

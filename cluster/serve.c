@@ -287,6 +287,7 @@ static status serve(const serve_options *o)
     TRY_GOTO(coordinator_start(s.coordinator), out);
     TRY_GOTO(run_until_told(&s, o, &set), out);
     drain(&s, o, &set);
+    coordinator_say_summary(s.coordinator);
 out:
     close_doors(&s);
     coordinator_destroy(s.coordinator);
