@@ -134,7 +134,7 @@ static status put_file(const char *dir, zip_entry *e, bytes_writer *out)
 {
     char path[4400];
     status st = STATUS_OK;
-    snprintf(path, sizeof path, "%.4000s/%s", dir, e->name);
+    snprintf(path, sizeof path, "%.4000s/%.255s", dir, e->name);
     FILE *f = fopen(path, "r");
     long size = f && fseek(f, 0, SEEK_END) == 0 ? ftell(f) : -1;
     uint8_t *bytes = size >= 0 && (size_t)size <= MAX_FILE_BYTES ? malloc((size_t)size + 1) : NULL;

@@ -1,6 +1,6 @@
 /* door_generate.c - from an accepted request to its answers.
  *
- *   reader_take ─► piece ─┬─ streaming: cut into messages of at most reader_bytes, one under way at a time
+ *   reader_take ─► piece ─┬─ streaming: cut into messages of about message_bytes, one under way at a time
  *        ▲                └─ whole: gathered per sequence until all have finished
  *        └── wake: poke the call
  *
@@ -193,7 +193,7 @@ static bool cut(generation *g, output_piece *part)
 {
     enum { TOKEN = 16, CANDIDATE = 20 }; /* bytes on the wire, about */
     const output_piece *p = &g->piece;
-    size_t room = g->whole ? SIZE_MAX : door_of(g->call)->reader_bytes, used = 0;
+    size_t room = g->whole ? SIZE_MAX : door_of(g->call)->message_bytes, used = 0;
     int n = 0, n_candidates = 0, n_left = p->n_tokens - g->n_said_tokens;
     bool first = g->n_said_tokens == 0 && g->said_text == 0;
     *part = *p;
@@ -364,7 +364,6 @@ void generation_begin(rpc_call *call, const request_wish *wish, const answer_for
 {
     request *r = NULL;
     refusal why = {0};
-    char detached[8] = "";
     generation *g = generation_create(call, form, want, whole);
     if (!g)
         return;
@@ -372,9 +371,7 @@ void generation_begin(rpc_call *call, const request_wish *wish, const answer_for
         door_refuse(call, &why);
         return;
     }
-    /* Whoever means to attach again after losing the connection says so; else the end of the call is the end of the request. */
-    bool keep = rpc_call_metadata(call, "x-keep-running", detached, sizeof detached) && strcmp(detached, "1") == 0;
-    generation_open(g, r, 0, !keep);
+    generation_open(g, r, 0, true);
 }
 
 void generation_attach(rpc_call *call, const char *id, int from_token, const answer_wish *want)
@@ -400,18 +397,32 @@ void generation_send(generation *g, const ProtobufCMessage *message, bool last)
         rpc_call_send(g->call, message);
 }
 
+/* A whole number in the request's metadata; absent: *out as it was. */
+static refusal_kind metadata_count(rpc_call *call, const char *key, int *out, refusal *why)
+{
+    char text[24], *end;
+    if (!rpc_call_metadata(call, key, text, sizeof text))
+        return REFUSAL_NONE;
+    long value = strtol(text, &end, 10);
+    if (end == text || *end || value < 0 || value > INT_MAX)
+        return refuse(why, REFUSAL_BAD, "%s: \"%s\" is no whole number", key, text);
+    *out = (int)value;
+    return REFUSAL_NONE;
+}
+
 refusal_kind generation_caller(rpc_call *call, const char *session, wish_room *room, request_wish *wish, refusal *why)
 {
-    char rank[24], *end;
+    enum { LONGEST_LINGER_MS = 600000 };
     /* Up to the last colon counts, which for a session is all of it. */
     snprintf(room->client, sizeof room->client, session && *session ? "%.150s:" : "%s",
              session && *session ? session : rpc_call_peer(call));
     wish->client = room->client;
-    if (wish->owner < 0 && rpc_call_metadata(call, "x-data-parallel-rank", rank, sizeof rank)) {
-        long value = strtol(rank, &end, 10);
-        if (end == rank || *end || value < 0 || value > INT_MAX)
-            return refuse(why, REFUSAL_BAD, "x-data-parallel-rank: \"%s\" is no rank", rank);
-        wish->owner = (int)value;
-    }
+    if (wish->owner < 0 && metadata_count(call, "x-data-parallel-rank", &wish->owner, why))
+        return why->kind;
+    /* Whoever means to attach again after losing the connection says so; else the end of the call is the end of the request. */
+    if (metadata_count(call, "x-linger-ms", &wish->linger_ms, why))
+        return why->kind;
+    if (wish->linger_ms > LONGEST_LINGER_MS)
+        return refuse(why, REFUSAL_BAD, "x-linger-ms: %d, at most %d are allowed", wish->linger_ms, (int)LONGEST_LINGER_MS);
     return REFUSAL_NONE;
 }

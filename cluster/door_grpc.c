@@ -179,6 +179,8 @@ static void raise_file_limit(void)
     }
 }
 
+enum { LARGEST_ANSWER = 1 << 20 };
+
 status door_grpc_start(coordinator *c, const door_grpc_options *options, door_grpc **out)
 {
     door_grpc *d = calloc(1, sizeof *d);
@@ -186,7 +188,8 @@ status door_grpc_start(coordinator *c, const door_grpc_options *options, door_gr
         return status_fail(STATUS_NO_MEMORY, "out of memory");
     d->c = c;
     d->all = coordinator_requests(c);
-    d->reader_bytes = options->reader_bytes ? options->reader_bytes : 256 * 1024;
+    /* One message is under way per call, and clients take 4 MiB at most unless told otherwise. */
+    d->message_bytes = options->reader_bytes && options->reader_bytes < LARGEST_ANSWER ? options->reader_bytes : LARGEST_ANSWER;
     pthread_mutex_init(&d->watch_lock, NULL);
     raise_file_limit();
     const rpc_options rpc = {

@@ -24,7 +24,7 @@ struct door_grpc {
     coordinator *c;
     requests *all;
     rpc_server *rpc;
-    size_t reader_bytes;
+    size_t message_bytes; /* an answer is cut into messages of about so much */
     reflection *reflection;
     atomic_bool stopping;
     pthread_mutex_t watch_lock;
@@ -112,7 +112,7 @@ void generation_end(rpc_call *call);
 const int32_t *generation_ids(const generation *g, int sequence, int *n);
 /* The largest message: protobuf stops at 2 GiB. Ends the call when this one is larger, else sends it. */
 void generation_send(generation *g, const ProtobufCMessage *message, bool last);
-/* Who asks, and which rank is asked for (x-data-parallel-rank). */
+/* What the call's metadata say: who asks, the rank (x-data-parallel-rank), how long to wait for an Attach (x-linger-ms). */
 refusal_kind generation_caller(rpc_call *call, const char *session, wish_room *room, request_wish *wish, refusal *why);
 
 /* Handlers. */
