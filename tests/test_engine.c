@@ -1,8 +1,6 @@
 /* test_engine.c - the step loop on one rank: what a request gives depends on the request alone, and what leaves makes room. */
 #include "tests/support.h"
 
-#include "worker/batch_form.h"
-#include "worker/kv_cache.h"
 #include "worker/runtime.h"
 
 #include <stdlib.h>
@@ -249,39 +247,6 @@ static void impossible_requests_are_refused(void **state)
     stop(f);
 }
 
-/* ---- the pure parts ---- */
-
-static void decode_comes_first_then_the_oldest_prompt(void **state)
-{
-    (void)state;
-    const batch_candidate c[] = {{100, 0, 5}, {1, 1, 1}, {0, 0, 0}, {30, 0, 2}, {1, 1, 9}, {1, 0, 3}};
-    int order[6], rows[6];
-    assert_int_equal(batch_form(c, 6, 40, order, rows), 42);
-    assert_memory_equal(rows, ((int[]){9, 1, 0, 30, 1, 1}), sizeof rows);
-    assert_int_equal(batch_form(c, 6, 10, order, rows), 12);
-    assert_memory_equal(rows, ((int[]){0, 1, 0, 10, 1, 0}), sizeof rows);
-    assert_int_equal(batch_form(c, 6, 1000, order, rows), 133);
-}
-
-static void kv_blocks_are_taken_and_given(void **state)
-{
-    (void)state;
-    kv_cache *kv = NULL;
-    size_t block = kv_head_floats(20) * 2 * 3 * sizeof(float);
-    int32_t a[4], b[4];
-    assert_int_not_equal(kv_cache_create(3, 2, 20, block - 1, &kv), STATUS_OK);
-    assert_int_equal(kv_cache_create(3, 2, 20, 4 * block + 5, &kv), STATUS_OK);
-    assert_int_equal(kv_cache_n_blocks(kv), 4);
-    assert_int_equal(kv_cache_take(kv, 3, a), STATUS_OK);
-    assert_int_not_equal(kv_cache_take(kv, 2, b), STATUS_OK);
-    assert_int_equal(kv_cache_n_free(kv), 1);
-    assert_int_equal(kv_cache_take(kv, 1, b), STATUS_OK);
-    assert_true(b[0] != a[0] && b[0] != a[1] && b[0] != a[2]);
-    kv_cache_give(kv, 3, a);
-    assert_int_equal(kv_cache_n_free(kv), 3);
-    kv_cache_destroy(kv);
-}
-
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -291,8 +256,6 @@ int main(void)
         {"a stop token ends its sequence", stop_tokens_end_a_sequence, NULL, NULL, NULL},
         {"a small KV budget delays and changes nothing", a_small_kv_budget_only_delays, NULL, NULL, NULL},
         {"requests that can never run are refused with a sentence", impossible_requests_are_refused, NULL, NULL, NULL},
-        {"decode rows come first, then the oldest prompt", decode_comes_first_then_the_oldest_prompt, NULL, NULL, NULL},
-        {"KV blocks are taken and given back", kv_blocks_are_taken_and_given, NULL, NULL, NULL},
     };
     return cmocka_run_group_tests_name("step loop", tests, NULL, NULL);
 }

@@ -162,8 +162,8 @@ status engine_follow(engine *e);
 
 model *engine_model(engine *e);
 const engine_times *engine_get_times(const engine *e);
-void engine_get_counters(const engine *e, engine_counters *out); /* rank 0 */
-const routing_stats *engine_routing(const engine *e);            /* this rank's rows, each position of a request once */
+void engine_get_counters(engine *e, engine_counters *out); /* rank 0 */
+const routing_stats *engine_routing(const engine *e);      /* this rank's rows, each position of a request once */
 size_t engine_kv_bytes(const engine *e);
 int engine_max_rows(const engine *e);
 

@@ -12,67 +12,142 @@ static void put_padded(bytes_writer *w, const void *from, size_t n)
     bytes_put(w, zeros, padded(n) - n);
 }
 
-static status cut_short(void)
+static void put_array(bytes_writer *w, const void *from, int n, size_t size)
 {
+    if (n > 0)
+        put_padded(w, from, (size_t)n * size);
+}
+
+static const void *take_array(bytes_reader *r, int64_t n, size_t size)
+{
+    return bytes_take(r, padded((size_t)n * size));
+}
+
+static void get_padded(bytes_reader *r, void *to, size_t n)
+{
+    bytes_get(r, to, n);
+    bytes_take(r, padded(n) - n);
+}
+
+static status check_read(const bytes_reader *r)
+{
+    if (!r->short_read)
+        return STATUS_OK;
     return status_fail(STATUS_BAD_INPUT, "a message between ranks ends too soon: are all ranks the same build?");
 }
 
-void wire_put_step(bytes_writer *w, const wire_step *step)
+/* ---- the step message ------------------------------------------------------------------------------------------------------ */
+
+void wire_put_step(bytes_writer *w, const wire_step *head, const scheduler_step *step)
 {
-    put_padded(w, step, sizeof *step);
+    put_padded(w, head, sizeof *head);
+    if (!step)
+        return;
+    put_array(w, step->leaves, step->n_leaves, sizeof *step->leaves);
+    put_array(w, step->growths, step->n_growths, sizeof *step->growths);
+    put_array(w, step->rows, step->n_rows, sizeof *step->rows);
 }
 
-void wire_put_request(bytes_writer *w, const engine_request *request, uint64_t arrival)
+status wire_get_step(bytes_reader *r, wire_step_view *out)
 {
-    wire_request head = {.request = *request, .arrival = arrival};
-    put_padded(w, &head, sizeof head);
-    put_padded(w, request->prompt, (size_t)request->n_prompt * sizeof *request->prompt);
-    const sampling_params *s = &request->sampling;
-    put_padded(w, s->stop_ids, (size_t)s->n_stop_ids * sizeof *s->stop_ids);
-    put_padded(w, s->biases, (size_t)s->n_biases * sizeof *s->biases);
-    put_padded(w, s->allowed, (size_t)s->n_allowed * sizeof *s->allowed);
+    get_padded(r, &out->head, sizeof out->head);
+    out->leaves = take_array(r, out->head.n_leaves, sizeof *out->leaves);
+    out->growths = take_array(r, out->head.n_growths, sizeof *out->growths);
+    out->rows = take_array(r, out->head.n_rows, sizeof *out->rows);
+    return check_read(r);
 }
 
-status wire_get_request(bytes_reader *r, wire_request *out)
+void wire_put_join(bytes_writer *w, const wire_join *join)
 {
-    bytes_get(r, out, sizeof *out);
-    bytes_take(r, padded(sizeof *out) - sizeof *out);
-    sampling_params *s = &out->request.sampling;
-    out->request.prompt = bytes_take(r, padded((size_t)out->request.n_prompt * sizeof *out->request.prompt));
-    s->stop_ids = bytes_take(r, padded((size_t)s->n_stop_ids * sizeof *s->stop_ids));
-    s->biases = bytes_take(r, padded((size_t)s->n_biases * sizeof *s->biases));
+    const engine_request *q = &join->request;
+    const sampling_params *s = &q->sampling;
+    put_padded(w, join, sizeof *join);
+    put_array(w, q->prompt, q->n_prompt, sizeof *q->prompt);
+    put_array(w, s->stop_ids, s->n_stop_ids, sizeof *s->stop_ids);
+    put_array(w, s->biases, s->n_biases, sizeof *s->biases);
+    put_array(w, s->allowed, s->n_allowed, sizeof *s->allowed);
+    put_array(w, q->prompt_candidates.ids, q->prompt_candidates.n_ids, sizeof *q->prompt_candidates.ids);
+    put_array(w, q->output_candidates.ids, q->output_candidates.n_ids, sizeof *q->output_candidates.ids);
+    put_array(w, join->blocks, join->n_blocks, sizeof *join->blocks);
+}
+
+status wire_get_join(bytes_reader *r, wire_join *out)
+{
+    get_padded(r, out, sizeof *out);
+    engine_request *q = &out->request;
+    sampling_params *s = &q->sampling;
     bool any = s->allowed != NULL; /* NULL allows every token, an empty list none */
-    const int *allowed = bytes_take(r, padded((size_t)s->n_allowed * sizeof *s->allowed));
-    s->allowed = any ? allowed : NULL;
-    return r->short_read ? cut_short() : STATUS_OK;
+    q->prompt = take_array(r, q->n_prompt, sizeof *q->prompt);
+    s->stop_ids = take_array(r, s->n_stop_ids, sizeof *s->stop_ids);
+    s->biases = take_array(r, s->n_biases, sizeof *s->biases);
+    s->allowed = take_array(r, s->n_allowed, sizeof *s->allowed);
+    q->prompt_candidates.ids = take_array(r, q->prompt_candidates.n_ids, sizeof *q->prompt_candidates.ids);
+    q->output_candidates.ids = take_array(r, q->output_candidates.n_ids, sizeof *q->output_candidates.ids);
+    out->blocks = take_array(r, out->n_blocks, sizeof *out->blocks);
+    if (!any)
+        s->allowed = NULL;
+    return check_read(r);
+}
+
+/* ---- events ---------------------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    size_t experts, weights, logits, logprobs, counts, candidates, reason;
+} payload_sizes;
+
+static payload_sizes sizes_of(const wire_event *w, size_t choices_per_row, size_t vocab)
+{
+    size_t rows = (size_t)w->event.n_rows;
+    return (payload_sizes){.experts = w->has_choices ? padded(rows * choices_per_row * sizeof(uint16_t)) : 0,
+                           .weights = w->has_choices ? padded(rows * choices_per_row * sizeof(float)) : 0,
+                           .logits = w->has_logits ? padded(rows * vocab * sizeof(float)) : 0,
+                           .logprobs = w->has_logprobs ? padded(rows * sizeof(token_logprob)) : 0,
+                           .counts = w->has_logprobs ? padded(rows * sizeof(int)) : 0,
+                           .candidates = padded(w->n_reserved * sizeof(token_logprob)),
+                           .reason = padded(w->reason_bytes)};
+}
+
+static size_t extend(bytes_writer *w, size_t n)
+{
+    size_t at = w->size;
+    if (n > 0)
+        bytes_extend(w, n);
+    return at;
 }
 
 wire_event_place wire_put_event(bytes_writer *w, const wire_event *event, size_t choices_per_row, size_t vocab)
 {
+    payload_sizes n = sizes_of(event, choices_per_row, vocab);
     wire_event_place place = {.event = w->size};
-    size_t rows = (size_t)event->event.n_rows;
     put_padded(w, event, sizeof *event);
-    place.experts = w->size;
-    if (event->has_choices)
-        bytes_extend(w, padded(rows * choices_per_row * sizeof(uint16_t)));
-    place.weights = w->size;
-    if (event->has_choices)
-        bytes_extend(w, padded(rows * choices_per_row * sizeof(float)));
-    place.logits = w->size;
-    if (event->has_logits)
-        bytes_extend(w, padded(rows * vocab * sizeof(float)));
+    place.experts = extend(w, n.experts);
+    place.weights = extend(w, n.weights);
+    place.logits = extend(w, n.logits);
+    place.logprobs = extend(w, n.logprobs);
+    place.counts = extend(w, n.counts);
+    place.candidates = extend(w, n.candidates);
+    place.reason = extend(w, n.reason);
     return place;
 }
 
-status wire_get_event(bytes_reader *r, size_t choices_per_row, size_t vocab, engine_event *out)
+static const void *take_some(bytes_reader *r, size_t n)
+{
+    return n > 0 ? bytes_take(r, n) : NULL;
+}
+
+status wire_get_event(bytes_reader *r, size_t choices_per_row, size_t vocab, engine_event *out, bool *is_void)
 {
     wire_event head;
-    bytes_get(r, &head, sizeof head);
-    bytes_take(r, padded(sizeof head) - sizeof head);
+    get_padded(r, &head, sizeof head);
+    payload_sizes n = sizes_of(&head, choices_per_row, vocab);
     *out = head.event;
-    size_t rows = (size_t)head.event.n_rows;
-    out->experts = head.has_choices ? bytes_take(r, padded(rows * choices_per_row * sizeof(uint16_t))) : NULL;
-    out->weights = head.has_choices ? bytes_take(r, padded(rows * choices_per_row * sizeof(float))) : NULL;
-    out->logits = head.has_logits ? bytes_take(r, padded(rows * vocab * sizeof(float))) : NULL;
-    return r->short_read ? cut_short() : STATUS_OK;
+    *is_void = head.is_void;
+    out->experts = take_some(r, n.experts);
+    out->weights = take_some(r, n.weights);
+    out->logits = take_some(r, n.logits);
+    out->logprobs = take_some(r, n.logprobs);
+    out->candidates_of_row = take_some(r, n.counts);
+    out->candidates = take_some(r, n.candidates);
+    out->reason = take_some(r, n.reason);
+    return check_read(r);
 }

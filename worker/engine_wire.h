@@ -7,37 +7,56 @@
 
 #include "proto/bytes.h"
 #include "worker/engine.h"
+#include "worker/scheduler.h"
 
-/* step message: wire_step, n_cancel ids (u64), n_new x { wire_request, prompt, stop ids, biases, allowed ids } */
+/* step message: wire_step, leaves, growths, rows (scheduler.h), then joins: { wire_join, prompt, stop ids, biases, allowed ids,
+ * candidates' ids, blocks }. Only what changed, and the rows. */
 typedef struct {
-    uint32_t n_new, n_cancel, stop, unused;
+    uint32_t n_leaves, n_joins, n_growths, n_rows, stop, unused;
 } wire_step;
 
 typedef struct {
-    engine_request request; /* pointers mean nothing on the wire: filled by wire_get_request() */
-    uint64_t arrival;
-} wire_request;
+    engine_request request; /* pointers mean nothing on the wire: filled by wire_get_join(). Its prompt is all tokens so far */
+    int rank, place;
+    int n_original;        /* tokens given when the request was submitted: what came after is this engine's own output */
+    int n_cached;          /* the first so many are in its blocks */
+    int n_ran;             /* the first so many have been reported */
+    const int32_t *blocks; /* [n_blocks] */
+    int n_blocks;
+} wire_join;
 
-void wire_put_step(bytes_writer *w, const wire_step *step);
-void wire_put_request(bytes_writer *w, const engine_request *request, uint64_t arrival);
-/* The request's arrays point into the message. Fails on a message that ends too soon. */
-status wire_get_request(bytes_reader *r, wire_request *out);
+void wire_put_step(bytes_writer *w, const wire_step *head, const scheduler_step *step);
+void wire_put_join(bytes_writer *w, const wire_join *join);
 
-/* report: wire_report, then events until the end: { wire_event, experts, weights, logits } */
+/* A step message in place. */
 typedef struct {
-    uint32_t n_prefill_rows, n_decode_rows;
+    wire_step head;
+    const scheduler_leave *leaves;
+    const scheduler_growth *growths;
+    const scheduler_rows *rows;
+} wire_step_view;
+/* Both fail on a message that ends too soon; arrays point into it. */
+status wire_get_step(bytes_reader *r, wire_step_view *out);
+status wire_get_join(bytes_reader *r, wire_join *out);
+
+/* report: wire_report, rows of each MoE layer (u64), then events until the end: { wire_event, experts, weights, logits,
+ * log-probabilities, candidates of row, candidates, reason }. Counts are since the start. */
+typedef struct {
+    unsigned long long expert_rows, link_bytes[3];
+    double wait_seconds; /* in the exchange */
 } wire_report;
 
 typedef struct {
     engine_event event; /* pointers mean nothing on the wire */
-    uint32_t has_choices, has_logits;
+    uint32_t has_choices, has_logits, has_logprobs, n_reserved /* candidates that there is room for */, reason_bytes;
+    uint32_t is_void; /* came to nothing: skip it */
 } wire_event;
 
-/* Room for an event and its payload; the pointers say where to write. Valid until the writer grows again. */
+/* Room for an event and its payload: where to write it. Offsets in the writer, which may move when it grows. */
 typedef struct {
-    size_t event, experts, weights, logits; /* offsets in the writer */
+    size_t event, experts, weights, logits, logprobs, counts, candidates, reason;
 } wire_event_place;
 wire_event_place wire_put_event(bytes_writer *w, const wire_event *event, size_t choices_per_row, size_t vocab);
-status wire_get_event(bytes_reader *r, size_t choices_per_row, size_t vocab, engine_event *out);
+status wire_get_event(bytes_reader *r, size_t choices_per_row, size_t vocab, engine_event *out, bool *is_void);
 
 #endif

@@ -9,8 +9,7 @@
 struct kv_cache {
     int n_layers, n_kv_heads, head_dim;
     size_t head_floats, block_floats;
-    int n_blocks, n_free;
-    int32_t *free_ids; /* a stack: the block given back last, still warm, is taken first */
+    int n_blocks;
     float *pool;
 };
 
@@ -32,18 +31,14 @@ status kv_cache_create(int n_layers, int n_kv_heads, int head_dim, size_t max_by
                         .head_dim = head_dim,
                         .head_floats = head_floats,
                         .block_floats = block_floats,
-                        .n_blocks = (int)n_blocks,
-                        .n_free = (int)n_blocks};
-    cache->free_ids = malloc(n_blocks * sizeof *cache->free_ids);
+                        .n_blocks = (int)n_blocks};
     size_t bytes = n_blocks * block_floats * sizeof(float);
     void *pool = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     cache->pool = pool == MAP_FAILED ? NULL : pool;
-    if (!cache->free_ids || !cache->pool) {
+    if (!cache->pool) {
         kv_cache_destroy(cache);
         return status_fail(STATUS_NO_MEMORY, "no memory for a KV cache of %zu bytes", bytes);
     }
-    for (size_t i = 0; i < n_blocks; i++)
-        cache->free_ids[i] = (int32_t)(n_blocks - 1 - i);
     *out = cache;
     return STATUS_OK;
 }
@@ -54,18 +49,12 @@ void kv_cache_destroy(kv_cache *cache)
         return;
     if (cache->pool)
         munmap(cache->pool, kv_cache_bytes(cache));
-    free(cache->free_ids);
     free(cache);
 }
 
 int kv_cache_n_blocks(const kv_cache *cache)
 {
     return cache->n_blocks;
-}
-
-int kv_cache_n_free(const kv_cache *cache)
-{
-    return cache->n_free;
 }
 
 size_t kv_cache_block_floats(const kv_cache *cache)
@@ -81,22 +70,6 @@ size_t kv_cache_block_bytes(const kv_cache *cache)
 size_t kv_cache_bytes(const kv_cache *cache)
 {
     return (size_t)cache->n_blocks * kv_cache_block_bytes(cache);
-}
-
-status kv_cache_take(kv_cache *cache, int n, int32_t *ids)
-{
-    if (n > cache->n_free)
-        return status_fail(STATUS_NO_MEMORY, "the KV cache has %d of %d blocks free, %d are needed", cache->n_free,
-                           cache->n_blocks, n);
-    for (int i = 0; i < n; i++)
-        ids[i] = cache->free_ids[--cache->n_free];
-    return STATUS_OK;
-}
-
-void kv_cache_give(kv_cache *cache, int n, const int32_t *ids)
-{
-    for (int i = n - 1; i >= 0; i--)
-        cache->free_ids[cache->n_free++] = ids[i];
 }
 
 float *kv_cache_head(kv_cache *cache, int layer, int kv_head)

@@ -4,8 +4,8 @@
  *
  *     block b:  [layer][kv head]{ K[head_dim][KV_BLOCK]  V[KV_BLOCK][head_dim] }
  *
- * Bookkeeping plus one mapping; pages are touched when a block is first used. One caller, the step loop; kv_cache_store() may run
- * on any thread for rows of different positions. */
+ * Memory only: which block belongs to whom the leader decides (kv_blocks.h). Pages are touched when a block is first used. One
+ * caller, the step loop; kv_cache_store() may run on any thread for rows of different positions. */
 #ifndef CONVOKE_WORKER_KV_CACHE_H
 #define CONVOKE_WORKER_KV_CACHE_H
 
@@ -21,7 +21,6 @@ status kv_cache_create(int n_layers, int n_kv_heads, int head_dim, size_t max_by
 void kv_cache_destroy(kv_cache *cache); /* NULL is fine */
 
 int kv_cache_n_blocks(const kv_cache *cache);
-int kv_cache_n_free(const kv_cache *cache);
 size_t kv_cache_block_bytes(const kv_cache *cache);
 size_t kv_cache_bytes(const kv_cache *cache); /* n_blocks * block_bytes */
 
@@ -30,10 +29,6 @@ static inline int kv_blocks_of(int n_positions, int kv_block)
 {
     return (n_positions + kv_block - 1) / kv_block;
 }
-
-/* Takes n blocks; fails, changing nothing, when fewer are free. */
-status kv_cache_take(kv_cache *cache, int n, int32_t *ids);
-void kv_cache_give(kv_cache *cache, int n, const int32_t *ids);
 
 /* The part of block 0 for (layer, kv head); add block_ids[i] * kv_cache_block_floats() for another block. */
 float *kv_cache_head(kv_cache *cache, int layer, int kv_head);

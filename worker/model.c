@@ -44,6 +44,7 @@ struct model {
     int16_t *exponents; /* [max_rows] */
     attend_task *tasks; /* [max_rows + spans] */
     int *positions;     /* [max_rows] */
+    int *bad_layer;     /* [max_rows] -1: none */
     unsigned long long *layer_load;
     int n_tasks, head_rows;
     long task_cost;
@@ -55,7 +56,6 @@ struct model {
     int layer, moe_layer;
     float *rows; /* where normed rows go: x, or the exchange's own window */
     size_t rows_stride;
-    status failed;
 };
 
 /* ---- creation ---------------------------------------------------------------------------------------------------------- */
@@ -84,10 +84,11 @@ static status take_buffers(model *m)
     m->exponents = buffer_take(rows, sizeof *m->exponents, &m->buffer_bytes);
     m->tasks = buffer_take(2 * rows + 1, sizeof *m->tasks, &m->buffer_bytes);
     m->positions = buffer_take(rows, sizeof *m->positions, &m->buffer_bytes);
+    m->bad_layer = buffer_take(rows, sizeof *m->bad_layer, &m->buffer_bytes);
     m->layer_load = calloc(moe + 1, sizeof *m->layer_load);
     if (!m->h || !m->x || !m->q || !m->k || !m->v || !m->attended || !m->y || !m->shared || !m->gate_logits || !m->gate_scratch ||
         !m->head_x || !m->logits || !m->chosen || !m->chosen_weights || !m->routes || !m->exponents || !m->tasks ||
-        !m->positions || !m->layer_load)
+        !m->positions || !m->bad_layer || !m->layer_load)
         return status_fail(STATUS_NO_MEMORY, "no memory for the activations of %d rows", m->parts.max_rows);
     return STATUS_OK;
 }
@@ -170,7 +171,7 @@ void model_destroy(model *m)
                    m->y,         m->shared,    m->gate_logits, m->gate_scratch,
                    m->head_x,    m->logits,    m->chosen,      m->chosen_weights,
                    m->routes,    m->exponents, m->tasks,       m->positions,
-                   m->layer_load};
+                   m->bad_layer, m->layer_load};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         free(all[i]);
     free(m);
@@ -194,6 +195,11 @@ const uint16_t *model_experts(const model *m)
 const float *model_expert_weights(const model *m)
 {
     return m->chosen_weights;
+}
+
+int model_bad_layer(const model *m, int row)
+{
+    return m->bad_layer[row];
 }
 
 const unsigned long long *model_layer_load(const model *m)
@@ -413,16 +419,24 @@ static void attention(model *m)
 
 /* ---- feed-forward ---------------------------------------------------------------------------------------------------------- */
 
+/* A row that has no numbers any more chooses nothing and harms no other; its sequence is ended by the step loop. */
+static void drop_row(model *m, int r, size_t at)
+{
+    if (m->bad_layer[r] < 0)
+        m->bad_layer[r] = m->layer;
+    for (size_t j = 0; j < (size_t)m->parts.config->top_k; j++) {
+        m->chosen[at + j] = GATE_NO_EXPERT;
+        m->chosen_weights[at + j] = 0;
+    }
+}
+
 static void choose_row(model *m, int r, float *scratch)
 {
     const model_config *c = m->parts.config;
     size_t at = ((size_t)m->moe_layer * (size_t)m->parts.max_rows + (size_t)r) * (size_t)c->top_k;
-    status st = gate_choose(&m->policy, &m->math, m->gate_logits + (size_t)r * (size_t)c->n_experts, scratch, m->chosen + at,
-                            m->chosen_weights + at);
-    if (st != STATUS_OK) { /* its sentence stays on this thread: the caller writes another */
-        __atomic_store_n(&m->failed, st, __ATOMIC_RELAXED);
-        return;
-    }
+    if (gate_choose(&m->policy, &m->math, m->gate_logits + (size_t)r * (size_t)c->n_experts, scratch, m->chosen + at,
+                    m->chosen_weights + at) != STATUS_OK)
+        drop_row(m, r, at);
     int owner = group_rank(m->parts.group);
     for (int j = 0; j < c->top_k; j++) {
         uint16_t e = m->chosen[at + (size_t)j];
@@ -479,17 +493,13 @@ static void pass_combine(void *arg, int thread, int n_threads)
         m->h[i] += shared ? m->y[i] + m->shared[i] : m->y[i];
 }
 
-static status route_rows(model *m, const layer_weights *w)
+static void route_rows(model *m, const layer_weights *w)
 {
     const model_config *c = m->parts.config;
     run_rows(m, pass_mlp_norm, (size_t)c->hidden);
     projection gate = {&w->router, m->gate_logits, (size_t)c->n_experts, NULL};
     project(m->parts.pool, m->parts.kernels, &gate, 1, m->rows, m->rows_stride, m->batch->n_rows);
-    m->failed = STATUS_OK;
     run_rows(m, pass_choose, (size_t)c->n_experts * 4);
-    if (m->failed != STATUS_OK)
-        return status_fail(m->failed, "layer %d: a gate gave a value that is not a number", m->layer);
-    return STATUS_OK;
 }
 
 static status moe(model *m)
@@ -498,7 +508,7 @@ static status moe(model *m)
     int own = group_rank(m->parts.group);
     double t0 = clock_seconds();
     m->rows = exchange_rows(m->exchange, &m->rows_stride);
-    TRY(route_rows(m, w));
+    route_rows(m, w);
     double t1 = clock_seconds();
     TRY(exchange_send(m->exchange, m->batch->n_rows, m->routes, m->parts.combine == COMBINE_FIXED ? m->exponents : NULL));
     double t2 = clock_seconds();
@@ -542,6 +552,8 @@ status model_forward(model *m, const batch *b)
 {
     const model_config *c = m->parts.config;
     m->batch = b;
+    for (int r = 0; r < b->n_rows; r++)
+        m->bad_layer[r] = -1;
     plan_attention(m, b);
     run_rows(m, pass_embed, (size_t)c->hidden);
     m->moe_layer = 0;

@@ -62,6 +62,9 @@ int model_head_rows(const model *m);
  * top_k]. */
 const uint16_t *model_experts(const model *m);
 const float *model_expert_weights(const model *m);
+/* The first layer whose gate gave this row of the batch just run something that is not a number; -1: none did. From there on the
+ * row went without experts; its logits mean nothing. */
+int model_bad_layer(const model *m, int row);
 /* [n_moe_layers] (token, expert) rows computed on this rank so far. */
 const unsigned long long *model_layer_load(const model *m);
 const model_times *model_get_times(const model *m);

@@ -31,6 +31,7 @@ typedef struct {
     routing_trace_writer *trace;
     routing_stats *routing; /* of all ranks */
     status failed;          /* the first failure inside the listener */
+    char cause[512];        /* its sentence */
     console console;        /* progress, where a person looks */
     int n_finished;
     long long n_rows;
@@ -180,7 +181,8 @@ static status open_outputs(score *s)
 
 static status close_outputs(score *s)
 {
-    TRY(s->failed);
+    if (s->failed != STATUS_OK)
+        return status_fail(s->failed, "%s", s->cause);
     for (int i = 0; i < s->lines.n_lines && s->writer; i++) {
         size_t count = (size_t)s->config.n_moe_layers * (size_t)s->lines.lines[i].n_ids * (size_t)s->config.top_k;
         TRY(safetensors_writer_put(s->writer, s->experts_index[i], 0, s->experts[i], count * sizeof(int32_t)));
@@ -238,15 +240,30 @@ static status take_rows(score *s, int line, const engine_event *event)
     return STATUS_OK;
 }
 
+static void note_failure(score *s, status failed, const char *cause)
+{
+    if (s->failed != STATUS_OK || failed == STATUS_OK)
+        return;
+    s->failed = failed;
+    snprintf(s->cause, sizeof s->cause, "%s", cause);
+}
+
 static void listen_event(void *arg, const engine_event *event)
 {
     score *s = arg;
     int line = (int)event->id;
     if (event->kind == ENGINE_EVENT_TOKEN)
         s->results[line].generated[s->results[line].n_generated++] = event->token;
-    if (event->kind == ENGINE_EVENT_ROWS && s->failed == STATUS_OK)
-        s->failed = take_rows(s, line, event);
-    s->n_rows += event->kind == ENGINE_EVENT_TOKEN ? 1 : event->decode ? 0 : event->n_rows;
+    if (event->kind == ENGINE_EVENT_ROWS && s->failed == STATUS_OK) {
+        status st = take_rows(s, line, event);
+        note_failure(s, st, status_message());
+    }
+    if (event->kind == ENGINE_EVENT_FINISHED && event->finish == ENGINE_FINISH_FAILED) {
+        char cause[512];
+        snprintf(cause, sizeof cause, "%s: line %d: %s", s->options->input_path, s->lines.lines[line].line_number, event->reason);
+        note_failure(s, STATUS_BAD_INPUT, cause);
+    }
+    s->n_rows += event->kind == ENGINE_EVENT_TOKEN ? 1 : event->kind == ENGINE_EVENT_ROWS && !event->decode ? event->n_rows : 0;
     s->n_finished += event->kind == ENGINE_EVENT_FINISHED;
     double seconds = clock_seconds() - s->ready;
     console_show(&s->console, "%d of %d lines done, %lld tokens, %s", s->n_finished, s->lines.n_lines, s->n_rows,

@@ -1,0 +1,110 @@
+/* engine_parts.h - the inside of the step loop, shared by engine.c (life and the step), engine_lead.c (what only the leader does:
+ * requests, decisions, events) and engine_rank.c (what every rank does: its sequences, its rows, its report). Rank 0 does both.
+ */
+#ifndef CONVOKE_WORKER_ENGINE_PARTS_H
+#define CONVOKE_WORKER_ENGINE_PARTS_H
+
+#include "worker/engine_wire.h"
+
+/* A sequence this rank owns. Arrays are sized for the longest sequence at creation; those of a request's lists grow once. */
+typedef struct {
+    bool active;
+    uint64_t id;
+    int32_t *tokens; /* [max_length] prompt and output */
+    int n_tokens;    /* known */
+    int n_done;      /* run, or found in the prefix cache */
+    int n_reported;  /* rows before this position give no events any more */
+    int n_prompt;    /* without any output: prompt log-probabilities are of these */
+    int n_original;  /* given at submission, earlier output among them */
+    int n_output;    /* tokens behind n_prompt */
+    int n_left;      /* tokens still to generate */
+    unsigned want;
+    int domain;
+    sampling_params sampling; /* its arrays, and those of the candidates, lie in `lists` */
+    engine_candidates prompt_candidates, output_candidates;
+    bytes_writer lists;
+    sampler_history *history;
+    int32_t *blocks; /* [blocks of max_length] */
+    int n_blocks;
+    char failure[200]; /* why it cannot go on; "" */
+} sequence;
+
+/* A row whose logits are needed, and why. */
+typedef struct {
+    int row, span, place, position;
+    int score_token;  /* -1: none; its log-probability is wanted */
+    int prompt_token; /* likewise, with rank and candidates */
+    bool sample;
+    status failed;
+    float logprob_scored;
+    token_logprob chosen;
+    int n_candidates;
+} logit_job;
+
+/* Events of a span, opened before its logits are there. SIZE_MAX in .event: none. */
+typedef struct {
+    int place, n_silent; /* its first rows, reported before */
+    wire_event_place rows, prompt, token;
+    int prompt_stride, token_stride; /* room for candidates per row */
+} span_events;
+
+/* What the leader keeps of a request; its arrays lie behind it, the prompt is with the scheduler. */
+typedef struct {
+    engine_request request;
+} lead_request;
+
+struct engine {
+    model_parts parts;
+    engine_limits limits;
+    model *model;
+    kv_cache *kv;
+    int rank, n_ranks, n_places, max_rows;
+    size_t choices_per_row;
+    engine_listener listener;
+    void *listener_arg;
+    routing_stats *routing;
+    engine_times times;
+    bool stopping;
+
+    /* every rank */
+    sequence *places;    /* [n_places] */
+    int32_t *row_tokens; /* [max_rows] */
+    batch_span *spans;   /* [n_places] */
+    span_events *events; /* [n_places] by span */
+    logit_job *jobs;     /* [max_rows] */
+    int *job_rows;
+    int n_rows, n_spans, n_jobs, first_job, end_job;
+    const float *logits;
+    sampler **samplers;    /* [threads] */
+    uint16_t *row_choices; /* [moe layers][top_k] */
+    bytes_writer report;
+
+    /* the leader */
+    scheduler *scheduler;
+    uint64_t *cancels; /* of running sequences, for the next step */
+    int n_cancels, cancel_capacity;
+    bytes_writer message, root;
+    const void **parts_in;
+    size_t *sizes_in;
+    int *kv_blocks_of_rank; /* [n_ranks] */
+    int last_prefill_rows, last_decode_rows;
+    double last_seconds;
+    unsigned long long *rows_of_rank, link_bytes[3];
+    double *waited_of_rank, *waited_now, *lateness_of_rank; /* [n_ranks] */
+    unsigned long long *layer_rows;                         /* [n_ranks][moe layers] ever */
+    double *layer_recent;                                   /* [n_ranks][moe layers] */
+    double *load_max_over_mean;                             /* [moe layers] */
+};
+
+/* engine_lead.c */
+status lead_create(engine *e);
+void lead_destroy(engine *e);
+status lead_write_message(engine *e, bool stop); /* decides the step */
+status lead_read_reports(engine *e, double seconds);
+
+/* engine_rank.c */
+status rank_create(engine *e);
+void rank_destroy(engine *e);
+status rank_step(engine *e, const void *message, size_t size); /* obeys; fills the report */
+
+#endif
