@@ -1,0 +1,63 @@
+/* mpi_engine.c - the step loop over several ranks: a mix of requests gives the same answers under every setting, started under
+ * mpirun by ctest.
+ *
+ *   mpi_engine RANKS_PER_NODE */
+#include "tests/support.h"
+#include "tests/support_engine.h"
+
+#include "proto/log.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+
+static const struct {
+    const char *what;
+    bool must_preempt, must_hit;
+    mix_setting setting;
+} variants[] = {
+    {"chunks of 1", false, false, {.chunk = 1, .max_sequences = 8, .threads = 1}},
+    {"chunks of 7, cache", false, false, {.chunk = 7, .max_sequences = 8, .threads = 2, .prefix_cache = true, .seed = 3}},
+    {"few blocks", true, false, {.chunk = 16, .max_sequences = 12, .threads = 1, .kv_blocks = 6, .seed = 5}},
+    {"few blocks, cache, holds",
+     true,
+     false,
+     {.chunk = 64, .max_sequences = 12, .threads = 1, .kv_blocks = 6, .prefix_cache = true, .disturb = true, .seed = 9}},
+    {"all from the cache",
+     false,
+     true,
+     {.chunk = 64, .max_sequences = 8, .threads = 1, .kv_blocks = 120, .prefix_cache = true, .twice = true, .seed = 2}},
+};
+
+static mix_answer want[MIX_REQUESTS], got[MIX_REQUESTS];
+
+static void compare_variants(group *g)
+{
+    const char *dir = support_data("qwen3_moe");
+    mix_counts counts;
+    support_mix_run(g, dir, &(mix_setting){.chunk = 64, .max_sequences = MIX_REQUESTS, .threads = 1}, want, &counts);
+    for (size_t v = 0; v < sizeof variants / sizeof *variants; v++) {
+        support_mix_run(g, dir, &variants[v].setting, got, &counts);
+        if (group_rank(g) != 0)
+            continue;
+        for (int i = 0; i < MIX_REQUESTS; i++) {
+            char what[80];
+            snprintf(what, sizeof what, "%s: request %d", variants[v].what, i);
+            support_mix_compare(&got[i], &want[i], false, what);
+        }
+        assert_true(!variants[v].must_preempt || counts.n_preempted > 0);
+        assert_true(!variants[v].must_hit || counts.prefix_hits > 0);
+    }
+}
+
+int main(int argc, char **argv)
+{
+    group *g = NULL;
+    int ranks_per_node = argc > 1 ? atoi(argv[1]) : 0;
+    if (group_create(&argc, &argv, ranks_per_node, &g) != STATUS_OK) {
+        log_line("%s", status_message());
+        return 1;
+    }
+    compare_variants(g);
+    group_destroy(g);
+    return 0;
+}
