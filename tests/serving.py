@@ -74,7 +74,7 @@ class Server:
         self.mark = "CONVOKE_TEST_MARK=" + uuid.uuid4().hex
         self.tmp = os.path.join(self.folder, "tmp")
         os.mkdir(self.tmp)
-        self.shm_before = set(os.listdir("/dev/shm"))
+        self.pids = []
         self.arguments = [os.path.join(BINARY, "convoke"), "serve", "--model", model, "--ranks", str(ranks), "--grpc", "127.0.0.1:0",
                           "--threads", "1", *options]
         self.environment = dict(os.environ, TMPDIR=self.tmp, OMPI_MCA_rmaps_base_oversubscribe="1", **(environment or {}))
@@ -91,6 +91,7 @@ class Server:
         """Starts it (again) and waits for its ready line."""
         self.log = open(self.log_path, "ab")
         self.process = subprocess.Popen(self.arguments, env=self.environment, stdout=subprocess.PIPE, stderr=self.log, text=True)
+        self.pids.append(self.process.pid)
         timer = threading.Timer(patience * SLOW, self.process.kill)
         timer.start()
         line = self.process.stdout.readline()
@@ -151,7 +152,8 @@ class Server:
         until = time.monotonic() + patience * SLOW
         while True:
             left = [f"process {p}: {command_line(p)}" for p in marked_processes(self.mark)]
-            left += [f"/dev/shm/{name}" for name in set(os.listdir("/dev/shm")) - self.shm_before if "convoke" in name or "vader" in name]
+            # A launch keeps its shared memory in a folder named by the coordinator's pid; other tests may run beside this one.
+            left += [f"/dev/shm/{name}" for name in os.listdir("/dev/shm") if any(f"-{pid}-" in name for pid in self.pids)]
             left += [os.path.join(self.tmp, name) for name in os.listdir(self.tmp)]
             if not left:
                 return
