@@ -500,6 +500,11 @@ bool group_shares_cores(const group *g, int threads_per_rank)
     return threads_per_rank > g->own_cores || (long)g->n_on_host * threads_per_rank > g->host_cores;
 }
 
+void group_stop_heard(void)
+{
+    node_stop_forget();
+}
+
 bool group_told_to_stop(void)
 {
     return node_stop_requested();

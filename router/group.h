@@ -55,6 +55,8 @@ void group_heed_stop(void);
 /* SIGTERM has come. Waits inside the group and the exchange end by themselves (STATUS_STOPPED); other loops ask here. Always
  * false in a group of one without group_heed_stop(). */
 bool group_told_to_stop(void);
+/* This rank follows that wish by words of its own: waits no longer end by it. */
+void group_stop_heard(void);
 /* From now on a wait inside the group or the exchange that takes longer ends with STATUS_PEER_LOST and names who is missing; the
  * leader's next message (group_broadcast_message) may take any time. 0: no wait ends so (as at start: loading takes its time). */
 void group_set_deadline(group *g, double seconds);

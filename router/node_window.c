@@ -24,7 +24,7 @@
 
 /* ---- time, stop ---- */
 
-static volatile sig_atomic_t stop_requested;
+static _Atomic int stop_requested; /* set by the signal handler, read by all threads */
 
 static void note_stop(int number)
 {
@@ -42,6 +42,11 @@ void node_stop_install(void)
 bool node_stop_requested(void)
 {
     return stop_requested;
+}
+
+void node_stop_forget(void)
+{
+    stop_requested = 0;
 }
 
 static char given_up_why[1024];

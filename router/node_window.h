@@ -58,6 +58,7 @@ status node_peers_watch(const node_peers *peers, const wait_reason *why, double 
 /* SIGTERM sets a flag that ends waits; a second one kills as usual. */
 void node_stop_install(void);
 bool node_stop_requested(void);
+void node_stop_forget(void); /* until the next, which kills */
 /* Any thread: all waits of this process end with this sentence; the first one counts. */
 void node_give_up(const char *sentence);
 

@@ -221,6 +221,96 @@ static void a_long_answer_is_cancelled(void **state)
     stop_in_order(&f);
 }
 
+static void a_held_sequence_stands_still_until_released(void **state)
+{
+    (void)state;
+    fake_control f;
+    answers *a = calloc(1, sizeof *a);
+    fake_control_open(&f, support_data(MODEL));
+    serve(&f, 2, NULL);
+    submit_one(&f, 2, 0, MAX_TOKENS / 2); /* the same, never held */
+    listen_until_finished(&f, a, 2);
+    submit_one(&f, 0, 0, MAX_TOKENS / 2);
+    while (a->n[0] < 1)
+        assert_true(listen_once(&f, a, 30));
+    fake_control_send_ids(&f, CONVOKE__CONTROL__TO_LEADER__KIND_HOLD, FAKE_LAUNCH, 0);
+    submit_one(&f, 1, 1, greedy_length(1));
+    listen_until_finished(&f, a, 1);
+    int held_at = a->n[0];
+    assert_true(held_at < MAX_TOKENS / 2);
+    submit_one(&f, 3, 1, greedy_length(1)); /* more steps, none of them its own */
+    listen_until_finished(&f, a, 3);
+    assert_int_equal(a->n[0], held_at);
+    fake_control_send_ids(&f, CONVOKE__CONTROL__TO_LEADER__KIND_RELEASE, FAKE_LAUNCH, 0);
+    listen_until_finished(&f, a, 0);
+    assert_int_equal(a->n[0], MAX_TOKENS / 2);
+    assert_memory_equal(a->tokens[0], a->tokens[2], sizeof a->tokens[0]);
+    assert_reference(a, 1, 1);
+    assert_reference(a, 3, 1);
+    fake_control_send_ids(&f, CONVOKE__CONTROL__TO_LEADER__KIND_CLEAR_PREFIX_CACHE, FAKE_LAUNCH, 0);
+    free(a);
+    stop_in_order(&f);
+}
+
+static void check_prompt_event(const Convoke__Control__Event *e, const sequence *q, uint32_t *next)
+{
+    size_t n = 0;
+    assert_int_equal(e->first_position, *next);
+    assert_int_equal(e->n_candidates_of_token, e->n_tokens);
+    for (size_t i = 0; i < e->n_tokens; i++) {
+        assert_int_equal(e->tokens[i]->token, (uint32_t)q->tokens[e->first_position + i]);
+        assert_int_equal(e->candidates_of_token[i], 3);
+        assert_int_equal(e->candidates[n]->rank, 1);
+        n += e->candidates_of_token[i];
+    }
+    assert_int_equal(e->n_candidates, n);
+    *next += (uint32_t)e->n_tokens;
+}
+
+static void check_token_event(const Convoke__Control__Event *e)
+{
+    assert_int_equal(e->n_tokens, 1);
+    assert_int_equal(e->n_candidates, 2);
+    assert_int_equal(e->candidates_of_token[0], 2);
+    /* greedy: the token is the best candidate itself */
+    assert_int_equal(e->tokens[0]->rank, 1);
+    assert_int_equal(e->tokens[0]->token, e->candidates[0]->token);
+    assert_true(e->tokens[0]->logprob == e->candidates[0]->logprob && e->tokens[0]->logprob <= 0);
+    assert_true(e->candidates[1]->logprob <= e->candidates[0]->logprob);
+}
+
+static void log_probabilities_come_along(void **state)
+{
+    (void)state;
+    fake_control f;
+    uint32_t next = 1; /* the first token has none */
+    Convoke__Control__Candidates three = CONVOKE__CONTROL__CANDIDATES__INIT, two = CONVOKE__CONTROL__CANDIDATES__INIT;
+    fake_control_open(&f, support_data(MODEL));
+    serve(&f, 2, NULL);
+    sequence q = ask(0, 0, 5);
+    three.top_n = 3;
+    two.top_n = 2;
+    q.prompt_logprobs = true;
+    q.prompt_candidates = &three;
+    q.output_candidates = &two;
+    submit(&f, &q, 1, FAKE_LAUNCH);
+    for (bool finished = false; !finished;) {
+        from_worker *m = fake_control_hear(&f, 30);
+        assert_non_null(m);
+        for (size_t i = 0; i < m->report->n_events; i++) {
+            const Convoke__Control__Event *e = m->report->events[i];
+            if (e->kind == CONVOKE__CONTROL__EVENT_KIND__PROMPT)
+                check_prompt_event(e, &q, &next);
+            if (e->kind == CONVOKE__CONTROL__EVENT_KIND__TOKEN)
+                check_token_event(e);
+            finished |= e->kind == CONVOKE__CONTROL__EVENT_KIND__FINISHED;
+        }
+        fake_control_free(m);
+    }
+    assert_int_equal(next, q.n_tokens);
+    stop_in_order(&f);
+}
+
 static void a_refused_sequence_fails_alone(void **state)
 {
     (void)state;
@@ -513,6 +603,8 @@ int main(void)
         {"two ranks do", two_ranks_serve_the_reference, NULL, NULL, NULL},
         {"four ranks on two nodes do", four_ranks_on_two_nodes_serve_the_reference, NULL, NULL, NULL},
         {"a cancelled sequence ends and the others go on", a_long_answer_is_cancelled, NULL, NULL, NULL},
+        {"a held sequence stands still until it is released", a_held_sequence_stands_still_until_released, NULL, NULL, NULL},
+        {"log-probabilities and candidates come along", log_probabilities_come_along, NULL, NULL, NULL},
         {"what the engine refuses fails alone, with the sentence", a_refused_sequence_fails_alone, NULL, NULL, NULL},
         {"messages of another launch do nothing and are logged once", messages_of_another_launch_do_nothing, NULL, NULL, NULL},
         {"hello shows the secret and who is where; a refusal is printed", hello_shows_secret_and_ranks, NULL, NULL, NULL},

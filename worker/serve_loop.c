@@ -288,7 +288,7 @@ static status send_report(server *s)
     engine_get_counters(s->engine, &c);
     for (int r = 0; r < s->n_ranks; r++) {
         s->kv_free[r] = (uint32_t)c.kv_free_of_rank[r];
-        s->rows_of_rank[r] = c.rows_of_rank ? c.rows_of_rank[r] : 0;
+        s->rows_of_rank[r] = c.rows_of_rank[r];
     }
     uint64_t link_bytes[3] = {c.link_bytes[0], c.link_bytes[1], c.link_bytes[2]};
     head.launch = s->setup->launch;
@@ -301,14 +301,13 @@ static status send_report(server *s)
     head.n_preempted = c.n_preempted;
     head.prefix_queries = c.prefix_queries;
     head.prefix_hits = c.prefix_hits;
-    head.n_kv_free_of_rank = head.n_tokens_of_rank = (size_t)s->n_ranks;
-    head.n_lateness_of_rank = c.lateness_of_rank ? (size_t)s->n_ranks : 0;
+    head.n_kv_free_of_rank = head.n_tokens_of_rank = head.n_lateness_of_rank = (size_t)s->n_ranks;
     head.kv_free_of_rank = s->kv_free;
     head.tokens_of_rank = s->rows_of_rank;
     head.lateness_of_rank = (double *)c.lateness_of_rank; /* packed, never written */
     head.n_link_bytes = 3;
     head.link_bytes = link_bytes;
-    head.n_load_max_over_mean = c.load_max_over_mean ? (size_t)runtime_config(s->runtime)->n_moe_layers : 0;
+    head.n_load_max_over_mean = (size_t)runtime_config(s->runtime)->n_moe_layers;
     head.load_max_over_mean = (double *)c.load_max_over_mean;
     return send_events(s, &head);
 }
@@ -326,7 +325,7 @@ static status send_ready(server *s)
         return status_fail(STATUS_NO_MEMORY, "no memory for a list of layers");
     engine_get_counters(s->engine, &counters);
     for (int r = 0; r < s->n_ranks; r++)
-        s->kv_free[r] = counters.kv_blocks_of_rank ? (uint32_t)counters.kv_blocks_of_rank[r] : 0;
+        s->kv_free[r] = (uint32_t)counters.kv_blocks_of_rank[r];
     for (int i = 0; i < c->n_eos_ids; i++)
         eos[i] = c->eos_ids[i];
     for (int l = 0; l < c->n_moe_layers; l++)
@@ -517,6 +516,7 @@ static status lead(server *s, serve_end *end)
         if (group_told_to_stop()) {
             snprintf(end->reason, sizeof end->reason, "told to stop by SIGTERM");
             control_link_goodbye(s->link, 0, end->reason);
+            group_stop_heard();
             s->stopping = true;
         }
     }

@@ -15,7 +15,7 @@
 
 #define LOOK_SECONDS        0.2
 #define OWN_GAP_SECONDS     1.0 /* between two looks: longer, and this process itself was not running */
-#define FIRST_RANK_AHEAD    0.4 /* who speaks to the coordinator says it first, where it can */
+#define SPEAKER_AHEAD       0.8 /* who should say it gets this long before others do */
 #define DEADLINE_BEHIND     1.0 /* waits end this long after the watch should have said why */
 #define END_BY_HAND_SECONDS 2.0
 
@@ -40,6 +40,7 @@ struct watch {
     pthread_mutex_t lock; /* all of the above but group and own */
     pthread_cond_t wake;
     bool running, stopping;
+    bool blind; /* the group may be gone */
 };
 
 void watch_tie_to_parent(void)
@@ -108,32 +109,47 @@ static void end_job(watch *w, double now, double seconds, const char *sentence)
     group_give_up(sentence);
 }
 
-static void judge(watch *w, double now)
-{
-    double patience = w->hang_seconds + (group_rank(w->group) == 0 ? 0 : FIRST_RANK_AHEAD);
-    unsigned step = atomic_load_explicit(&w->own->messages, memory_order_relaxed);
-    for (int r = 0; r < w->n_ranks && w->end_at == 0; r++) {
-        const view *v = &w->views[r];
-        char sentence[512] = "";
-        if (!v->pulse)
-            continue;
-        if (now - v->beat_at > patience)
-            snprintf(sentence, sizeof sentence, "rank %d (pid %d, host %s) was last heard %.1f s ago, in step %u", r,
-                     group_pid(w->group, r), group_host(w->group, r), now - v->beat_at, step);
-        else if (now - v->moves_at > patience)
-            snprintf(sentence, sizeof sentence, "rank %d (pid %d, host %s) has stood still for %.1f s in step %u", r,
-                     group_pid(w->group, r), group_host(w->group, r), now - v->moves_at, step);
-        if (*sentence)
-            end_job(w, now, END_BY_HAND_SECONDS, sentence);
-    }
-}
-
 static void end_by_hand(watch *w)
 {
     log_line("%s", w->end_why);
     if (w->say)
         w->say(w->say_arg, w->end_why);
     _exit(1);
+}
+
+/* The first rank of this node but `silent`: rank 0 where it can, which reaches the coordinator. */
+static int speaker_beside(const watch *w, int silent)
+{
+    int r = 0;
+    while (r < w->n_ranks && (r == silent || !w->views[r].pulse))
+        r++;
+    return r;
+}
+
+static void accuse(watch *w, int rank, double now, bool ago, double seconds)
+{
+    char sentence[512];
+    unsigned step = atomic_load_explicit(&w->own->messages, memory_order_relaxed);
+    snprintf(sentence, sizeof sentence, "rank %d (pid %d, host %s) %s %.1f s%s, in step %u", rank, group_pid(w->group, rank),
+             group_host(w->group, rank), ago ? "was last heard" : "has stood still for", seconds, ago ? " ago" : "", step);
+    end_job(w, now, END_BY_HAND_SECONDS, sentence);
+}
+
+static void judge(watch *w, double now)
+{
+    int own = group_rank(w->group);
+    for (int r = 0; r < w->n_ranks && w->end_at == 0; r++) {
+        const view *v = &w->views[r];
+        if (!v->pulse)
+            continue;
+        double silent = now - v->beat_at, still = now - v->moves_at;
+        if (silent > w->hang_seconds + (speaker_beside(w, r) == own ? 0 : SPEAKER_AHEAD))
+            accuse(w, r, now, true, silent);
+        else if (still > w->hang_seconds + (r == own ? 0 : SPEAKER_AHEAD))
+            accuse(w, r, now, false, still);
+        if (w->end_at > 0 && r == own)
+            end_by_hand(w); /* the main thread is what stands still: it will not come */
+    }
 }
 
 /* ---- the thread ---- */
@@ -156,10 +172,12 @@ static void *run(void *arg)
     pthread_mutex_lock(&w->lock);
     while (!w->stopping) {
         double now = clock_seconds();
-        atomic_fetch_add_explicit(&w->own->beat, 1, memory_order_relaxed);
-        look_around(w, now);
-        if (w->hang_seconds > 0)
-            judge(w, now);
+        if (!w->blind) {
+            atomic_fetch_add_explicit(&w->own->beat, 1, memory_order_relaxed);
+            look_around(w, now);
+            if (w->hang_seconds > 0)
+                judge(w, now);
+        }
         if (w->end_at > 0 && now > w->end_at)
             end_by_hand(w);
         sleep_a_while(w);
@@ -256,6 +274,7 @@ void watch_end_job(watch *w, const char *sentence)
 void watch_end_within(watch *w, double seconds, const char *sentence)
 {
     pthread_mutex_lock(&w->lock);
+    w->blind = true;
     w->end_at = clock_seconds() + seconds;
     snprintf(w->end_why, sizeof w->end_why, "%s", sentence);
     pthread_mutex_unlock(&w->lock);

@@ -4,9 +4,11 @@
  *                       ◄─ pulses of the node's other ranks: who has fallen silent, who stands still while others wait?
  *
  * A silent rank (stopped, its machine starved) shows no beat; one that stands still beats, but its main thread neither moves on
- * nor waits for anybody. Either, for longer than the hang time while anybody works, ends the job: waits inside the group end by
- * themselves with the sentence, and a process whose main thread does not come back within two seconds ends by its own hand. While
- * all are idle, and before watch_arm(), nobody is judged. Time that this process missed itself is not counted against others. */
+ * nor waits for anybody. Either, for longer than the hang time while anybody works, ends the job (of a silent rank the node's
+ * first other rank speaks, one that stands still speaks for itself; the others only when nobody did): waits inside the group end
+ * by themselves with the sentence, and a process whose main thread does not come back within two seconds ends by its own hand.
+ * While all are idle, and before watch_arm(), nobody is judged. Time that this process missed itself is not counted against
+ * others. */
 #ifndef CONVOKE_WORKER_WATCH_H
 #define CONVOKE_WORKER_WATCH_H
 
@@ -26,7 +28,8 @@ void watch_arm(watch *w, double hang_seconds);
 void watch_set_last_words(watch *w, void (*say)(void *arg, const char *sentence), void *arg);
 /* Any thread. The job cannot go on: waits end with this sentence; without watch_stop() within two seconds the process does. */
 void watch_end_job(watch *w, const char *sentence);
-/* Any thread. Unless watch_stop() comes within `seconds`, this process ends with the sentence: for an end that must not hang. */
+/* Any thread. Unless watch_stop() comes within `seconds`, this process ends with the sentence: for an end that must not hang.
+ * From now on the watch looks at nobody, and the group may go. */
 void watch_end_within(watch *w, double seconds, const char *sentence);
 /* Any thread. ms_of_rank [size]: since each rank last did something, 0 while all are idle; of ranks on other nodes only that the
  * leader still waits is known. */

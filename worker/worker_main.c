@@ -130,7 +130,7 @@ static void say_goodbye(control_link *link, status st, const serve_end *end)
     if (*end->reason)
         control_link_goodbye(link, end->rank, end->reason);
     else
-        control_link_goodbye(link, 0, st == STATUS_ELSEWHERE ? "another rank failed" : status_message());
+        control_link_goodbye(link, 0, status_message());
 }
 
 static status run(group *g, const command_line *c, watch *w)
