@@ -119,7 +119,7 @@ def test_kills(pb):
         reference = start_streams(server, pb, "reference")
         end_streams(reference)
         assert all(len(s.tokens) == NEW_TOKENS for s in reference)
-        assert len({tuple(s.tokens) for s in reference}) == STREAMS
+        assert len({tuple(s.tokens) for s in reference}) > STREAMS // 2  # greedy ones may agree
         for i, kind in enumerate(kinds):
             streams = start_streams(server, pb, f"kill-{i}")
             middle = wait_mid_decode(streams)
@@ -135,7 +135,9 @@ def test_kills(pb):
 def attach(server, pb, convoke, name, from_token, patience=120):
     """What the journal gives from a token on."""
     tokens, text, done = [], "", False
-    for response in server.stream(ATTACH, convoke.AttachRequest(request_id=name, from_token=from_token), pb.GenerateResponse, timeout=patience):
+    request = convoke.AttachRequest(request_id=name, from_token=from_token)
+    request.response.output_token_ids = True
+    for response in server.stream(ATTACH, request, pb.GenerateResponse, timeout=patience):
         tokens += response.outputs.token_ids
         text += response.outputs.text
         done = done or response.outputs.HasField("finish_info")
