@@ -4,7 +4,10 @@
  *                                                                                               minutes: given up
  *
  * One thread of its own owns the mpirun child, the listening socket and the control connection; every callback comes from it.
- * Each launch has a number; what an older one still says is refused. */
+ * Each launch has a number; what an older one still says is refused. Lost means: the control connection ended, a rank on this
+ * machine died, mpirun ended or stays stopped, no Hello in 30 s, no word or no step for hang_seconds, no progress for
+ * load_seconds. Hosts of the hostfile that do not answer after a loss leave the job, which goes on with the ranks of the others.
+ */
 #ifndef CONVOKE_CLUSTER_JOB_H
 #define CONVOKE_CLUSTER_JOB_H
 
@@ -17,7 +20,7 @@
 typedef struct {
     /* how to start: mpirun with n_ranks here or over a hostfile, or wait for workers that are started by others */
     int n_ranks;
-    const char *hostfile;    /* NULL: this machine */
+    const char *hostfile;    /* NULL: this machine; form and order of ranks: hosts.h */
     bool wait_for_workers;   /* do not launch */
     const char *mpirun;      /* program; NULL: "mpirun" on PATH */
     const char *mpirun_args; /* extra arguments, split at spaces; NULL: none */
@@ -34,7 +37,7 @@ typedef struct {
     /* patience */
     double hang_seconds; /* a step that takes longer, or a rank silent for longer */
     double load_seconds; /* no progress while loading for longer */
-    int max_failures;    /* within failure_minutes: given up */
+    int max_failures;    /* within failure_minutes: given up; 0: never */
     double failure_minutes;
     uint64_t first_launch; /* from the journal: launches are numbered on from here */
 } job_options;
@@ -42,18 +45,23 @@ typedef struct {
 typedef enum { JOB_STARTING, JOB_LOADING, JOB_READY, JOB_RESTARTING, JOB_GIVEN_UP, JOB_STOPPED } job_state;
 
 typedef struct {
-    /* sentence: why, for a person; "" when nothing is to be said */
+    /* Each launch goes through STARTING, LOADING and READY, each loss through RESTARTING (also said again, with a further
+     * sentence); STOPPED comes last. sentence: why, for a person; "" when nothing is to be said. The job itself logs only what
+     * workers and mpirun print. */
     void (*state)(void *arg, job_state state, uint64_t launch, const char *sentence);
-    void (*progress)(void *arg, const Convoke__Control__Progress *progress);
-    /* Workers can take sequences: submit from within this call what is to be continued. */
+    void (*progress)(void *arg, const Convoke__Control__Progress *progress); /* NULL is fine */
+    /* Workers can take sequences: submit from within this call what is to be continued. state(JOB_READY) follows. */
     void (*ready)(void *arg, const Convoke__Control__Ready *ready, const Convoke__Control__Hello *hello);
     void (*report)(void *arg, const Convoke__Control__Report *report);
 } job_listener;
 
 typedef struct job job;
 
+/* Options are copied; the listener is borrowed; *out is set before the first callback. Refuses what cannot work: programs or
+ * files that are not there, a plan for another number of ranks, a first host that cannot reach the control connection. */
 status job_start(const job_options *options, const job_listener *listener, void *arg, job **out);
-/* Tells workers to stop, waits for them up to a limit, ends them for certain; joins the thread. NULL is fine. */
+/* Not from a callback. Tells workers to stop, waits for them up to a limit, ends them for certain; joins the thread. NULL is
+ * fine. */
 void job_stop(job *j);
 
 /* Any thread. Sent to the launch that is ready now; when there is none they are dropped (false): `ready` is the time to send
