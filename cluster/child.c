@@ -91,7 +91,7 @@ bool child_has_ended(const child *c, int *exit_code)
     siginfo_t info = {0};
     if (waitid(P_PID, (id_t)c->pid, &info, WEXITED | WNOHANG | WNOWAIT) != 0 || info.si_pid != c->pid)
         return false;
-    *exit_code = info.si_code == CLD_EXITED ? info.si_status : 128 + info.si_status;
+    *exit_code = info.si_code == CLD_EXITED ? info.si_status : -info.si_status;
     return true;
 }
 

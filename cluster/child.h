@@ -20,7 +20,7 @@ typedef struct {
 /* argv[0] is a path. env as execve() takes it. stdin_fd -1: /dev/null. Fails when the program cannot be executed. */
 status child_spawn(char *const *argv, char *const *env, int stdin_fd, child *out);
 
-/* Whether it has ended; *exit_code as a shell gives it (128 + signal). It stays a zombie until child_end(), so that its number
+/* Whether it has ended; *exit_code is negative where a signal ended it. It stays a zombie until child_end(), so that its number
  * stays taken. */
 bool child_has_ended(const child *c, int *exit_code);
 bool child_is_stopped(const child *c); /* SIGSTOP */

@@ -377,12 +377,12 @@ static void close_leader(control_server *s)
     frame_reader_clear(&s->in);
 }
 
-static void lose_leader(control_server *s, const char *why)
+static void lose_leader(control_server *s, bool refused, const char *why)
 {
     char text[1024];
     snprintf(text, sizeof text, "%s", why);
     close_leader(s);
-    s->listener->lost(s->arg, text);
+    s->listener->lost(s->arg, refused, text);
 }
 
 void control_server_drop_leader(control_server *s, const char *reason)
@@ -401,18 +401,18 @@ static void leader_message(control_server *s, const void *payload, size_t size)
     Convoke__Control__ToCoordinator *m;
     char why[200];
     if (control_get_to_coordinator(payload, size, &m) != STATUS_OK) {
-        lose_leader(s, status_message());
+        lose_leader(s, true, status_message());
         return;
     }
     uint64_t launch = control_launch_of_to_coordinator(m);
     if (m->kind_case == CONVOKE__CONTROL__TO_COORDINATOR__KIND_HELLO) {
         control_server_drop_leader(s, "a second Hello");
-        s->listener->lost(s->arg, "the leader said Hello twice");
+        s->listener->lost(s->arg, true, "the leader said Hello twice");
     } else if (launch != s->launch) {
         snprintf(why, sizeof why, "a message of launch %llu; this is launch %llu", (unsigned long long)launch,
                  (unsigned long long)s->launch);
         control_server_drop_leader(s, why);
-        s->listener->lost(s->arg, why);
+        s->listener->lost(s->arg, true, why);
     } else {
         s->listener->message(s->arg, m);
     }
@@ -426,7 +426,7 @@ static void leader_frames(control_server *s)
     size_t size;
     while (has_leader(s)) {
         if (frame_reader_next(&s->in, &payload, &size) != STATUS_OK) {
-            lose_leader(s, status_message());
+            lose_leader(s, true, status_message());
             return;
         }
         if (!payload)
@@ -439,7 +439,7 @@ static void leader_read(control_server *s)
 {
     void *room = frame_reader_room(&s->in, READ_BYTES);
     if (!room) {
-        lose_leader(s, "no memory for a frame of the leader");
+        lose_leader(s, true, "no memory for a frame of the leader");
         return;
     }
     ssize_t n = recv(s->leader_fd, room, READ_BYTES, 0);
@@ -447,11 +447,11 @@ static void leader_read(control_server *s)
         frame_reader_filled(&s->in, (size_t)n);
         leader_frames(s);
     } else if (n == 0) {
-        lose_leader(s, "the leader closed the control connection");
+        lose_leader(s, false, "the leader closed the control connection");
     } else if (errno != EAGAIN && errno != EINTR) {
         char why[200];
         snprintf(why, sizeof why, "the control connection broke: %s", strerror(errno));
-        lose_leader(s, why);
+        lose_leader(s, false, why);
     }
 }
 
@@ -540,7 +540,7 @@ static void check_overrun(control_server *s)
     bool over = s->leader_fd >= 0 && s->overrun;
     pthread_mutex_unlock(&s->lock);
     if (over)
-        lose_leader(s, "the leader does not read what it is sent");
+        lose_leader(s, true, "the leader does not read what it is sent");
 }
 
 /* ---- the thread's side ---- */

@@ -16,9 +16,9 @@ typedef struct {
     /* A Hello with the right secret. False: not this one; it is refused with status_message(). */
     bool (*joined)(void *arg, const Convoke__Control__Hello *hello);
     void (*message)(void *arg, const Convoke__Control__ToCoordinator *message);
-    /* The leader is gone: closed by itself, by the network, or because of what it said. Not after control_server_drop_leader().
-     */
-    void (*lost)(void *arg, const char *why);
+    /* The leader is gone: closed by itself or by the network, or (refused) by us because of what it said. Not after
+     * control_server_drop_leader(). */
+    void (*lost)(void *arg, bool refused, const char *why);
 } control_listener;
 
 /* address HOST:PORT (host empty: all addresses; port 0: a free one). */

@@ -51,20 +51,19 @@ static void set_accepting(job *j, bool accepting)
     pthread_mutex_unlock(&j->lock);
 }
 
-/* The first reason stands, unless the workers themselves say one shortly after. */
-static void note_loss(job *j, bool goodbye, const char *format, ...) __attribute__((format(printf, 3, 4)));
+static void note_loss(job *j, loss_clue clue, const char *format, ...) __attribute__((format(printf, 3, 4)));
 
-static void note_loss(job *j, bool goodbye, const char *format, ...)
+static void note_loss(job *j, loss_clue clue, const char *format, ...)
 {
     launch_life *life = &j->life;
-    if (life->lost && (life->said_goodbye || !goodbye))
+    if (life->lost && clue <= life->clue)
         return;
     if (!life->lost) {
         life->lost_at = clock_seconds();
         set_accepting(j, false);
     }
     life->lost = true;
-    life->said_goodbye = goodbye;
+    life->clue = clue;
     va_list args;
     va_start(args, format);
     vsnprintf(life->why, sizeof life->why, format, args);
@@ -111,20 +110,21 @@ static void lose_by_verdict(job *j, supervision_verdict verdict, double now)
     case SUPERVISION_FINE:
         return;
     case SUPERVISION_NO_HELLO:
-        note_loss(j, false, "no worker connected in %.0f s", now - w->launched);
+        note_loss(j, CLUE_SILENCE, "no worker connected in %.0f s", now - w->launched);
         return;
     case SUPERVISION_NO_PROGRESS:
-        note_loss(j, false, "loading has not moved for %.1f s (%s)%s", now - w->progressed,
+        note_loss(j, CLUE_SILENCE, "loading has not moved for %.1f s (%s)%s", now - w->progressed,
                   life->stage[0] ? life->stage : "no word of it", silent.text);
         return;
     case SUPERVISION_SILENT:
-        note_loss(j, false, "no word from the leader, %s, for %.1f s%s", name_rank(life, 0).text, now - w->heard, silent.text);
+        note_loss(j, CLUE_SILENCE, "no word from the leader, %s, for %.1f s%s", name_rank(life, 0).text, now - w->heard,
+                  silent.text);
         return;
     case SUPERVISION_NO_STEP:
-        note_loss(j, false, "no step in %.1f s although there is work%s", now - w->stepped, silent.text);
+        note_loss(j, CLUE_SILENCE, "no step in %.1f s although there is work%s", now - w->stepped, silent.text);
         return;
     case SUPERVISION_STOPPED:
-        note_loss(j, false, "mpirun was stopped %.1f s ago and does not go on", now - w->stopped);
+        note_loss(j, CLUE_SILENCE, "mpirun was stopped %.1f s ago and does not go on", now - w->stopped);
         return;
     }
 }
@@ -133,7 +133,10 @@ static void lose_by_exit(job *j, int exit_code)
 {
     const char *meaning = exit_code == 137 ? " (a rank was killed)" : exit_code == 205 ? " (a host was lost)" : "";
     j->life.ended = true;
-    note_loss(j, false, "mpirun ended with exit code %d%s", exit_code, meaning);
+    if (exit_code < 0)
+        note_loss(j, CLUE_MPIRUN_KILLED, "mpirun was killed by signal %d", -exit_code);
+    else
+        note_loss(j, CLUE_MPIRUN_ENDED, "mpirun ended with exit code %d%s", exit_code, meaning);
 }
 
 /* ---- what the leader says ---- */
@@ -182,7 +185,7 @@ static bool on_joined(void *arg, const Convoke__Control__Hello *hello)
     if (!life->hello || !life->silent_ms || job_send_setup(j, &contiguous) != STATUS_OK) {
         if (!life->hello || !life->silent_ms)
             status_fail(STATUS_NO_MEMORY, "no memory for %u ranks", hello->n_ranks);
-        note_loss(j, false, "%s", status_message());
+        note_loss(j, CLUE_SILENCE, "%s", status_message());
         return false;
     }
     if (life->launcher)
@@ -265,19 +268,19 @@ static void on_message(void *arg, const Convoke__Control__ToCoordinator *m)
         return;
     case CONVOKE__CONTROL__TO_COORDINATOR__KIND_GOODBYE:
         if (!j->life.stopping)
-            note_loss(j, true, "%s ended the job: %s", name_rank(&j->life, m->goodbye->rank).text, m->goodbye->reason);
+            note_loss(j, CLUE_GOODBYE, "%s ended the job: %s", name_rank(&j->life, m->goodbye->rank).text, m->goodbye->reason);
         return;
     default: /* Hello never comes here */
         return;
     }
 }
 
-static void on_lost(void *arg, const char *why)
+static void on_lost(void *arg, bool refused, const char *why)
 {
     job *j = arg;
     if (j->life.stopping)
         j->life.ended |= j->life.launcher == NULL;
-    note_loss(j, false, "%s", why);
+    note_loss(j, refused ? CLUE_REFUSED : CLUE_SILENCE, "%s", why);
 }
 
 static const control_listener control_events = {.joined = on_joined, .message = on_message, .lost = on_lost};
@@ -325,7 +328,7 @@ static void step_launcher(job *j)
         return;
     case LAUNCH_WORKER_DIED:
         if (!life->stopping)
-            note_loss(j, false, "%s died", name_rank(life, number).text);
+            note_loss(j, CLUE_RANK_DIED, "%s died", name_rank(life, number).text);
         return;
     case LAUNCH_ENDED:
         lose_by_exit(j, number);
@@ -375,7 +378,7 @@ static void step(job *j, double seconds, bool heed_stop)
 
 static bool loss_is_settled(const launch_life *life)
 {
-    return life->lost && (life->said_goodbye || clock_seconds() >= life->lost_at + LAST_WORD);
+    return life->lost && (life->clue == CLUE_GOODBYE || clock_seconds() >= life->lost_at + LAST_WORD);
 }
 
 /* Until it is lost, or the job is told to stop. */
@@ -383,7 +386,7 @@ static void run_launch(job *j)
 {
     double looked = 0, look_wait = 0;
     if (begin_launch(j) != STATUS_OK)
-        note_loss(j, false, "%s", status_message());
+        note_loss(j, CLUE_SILENCE, "%s", status_message());
     while (!loss_is_settled(&j->life) && !is_stopping(j)) {
         double now = clock_seconds();
         if (now >= looked + look_wait) {
@@ -419,7 +422,7 @@ static void stop_launch(job *j)
 static void complete_reason(job *j)
 {
     launch_life *life = &j->life;
-    if (!life->launcher || life->said_goodbye || life->watch.phase == PHASE_READY)
+    if (!life->launcher || life->clue == CLUE_GOODBYE || life->watch.phase == PHASE_READY)
         return;
     const char *words = launcher_last_words(life->launcher);
     size_t n = strlen(life->why);
@@ -491,7 +494,7 @@ static status drop_lost_hosts(job *j)
 static bool is_hopeless(job *j)
 {
     const launch_life *life = &j->life;
-    if (j->was_ready || !life->said_goodbye)
+    if (j->was_ready || life->clue != CLUE_GOODBYE)
         return false;
     const char *reason = strchr(life->why, ':'); /* behind rank and pid, which differ */
     reason = reason ? reason : life->why;

@@ -11,6 +11,17 @@
 
 #include <pthread.h>
 
+/* What is known of a loss, from the least telling to the most: of all that is seen at about the same time, the last of these is
+ * the reason and the others its consequences. */
+typedef enum {
+    CLUE_SILENCE, /* the connection ended, or somebody fell silent */
+    CLUE_MPIRUN_ENDED,
+    CLUE_RANK_DIED,
+    CLUE_MPIRUN_KILLED,
+    CLUE_REFUSED, /* what the leader said made us end it */
+    CLUE_GOODBYE, /* the workers say it themselves */
+} loss_clue;
+
 /* Everything one launch knows; born zeroed with each. */
 typedef struct {
     uint64_t number;
@@ -25,7 +36,7 @@ typedef struct {
     bool ended;                     /* mpirun is over */
     bool lost;
     double lost_at;
-    bool said_goodbye; /* `why` is the workers' own sentence */
+    loss_clue clue;
     char why[1024];
 } launch_life;
 

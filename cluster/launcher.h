@@ -32,7 +32,8 @@ status launcher_start(const launch_request *request, launcher **out);
 int launcher_fd(const launcher *l);
 
 typedef enum { LAUNCH_RUNS, LAUNCH_WORKER_DIED, LAUNCH_ENDED } launch_event;
-/* Forwards what was printed. LAUNCH_WORKER_DIED: *number is the rank; LAUNCH_ENDED: mpirun's exit code. */
+/* Forwards what was printed. LAUNCH_WORKER_DIED: *number is the rank; LAUNCH_ENDED: mpirun's exit code,
+ * negative: the signal that ended it. */
 launch_event launcher_step(launcher *l, int *number);
 /* A look at what nobody tells: mpirun stopped by SIGSTOP; announcements of mpirun that were no reason for anything. */
 bool launcher_is_stopped(launcher *l);

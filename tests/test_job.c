@@ -100,13 +100,19 @@ static void assert_nothing_left(pid_t coordinator)
             fail_msg("process %d is left", pid);
     }
     fclose(f);
-    assert_int_equal(count_entries(folder, "convoke-"), 0);
+    if (count_entries(folder, "convoke-") > 0) {
+        char command[4200];
+        snprintf(command, sizeof command, "find %.4000s -ls >&2; ps -ef >&2", folder);
+        int rc = system(command);
+        fail_msg("a folder is left (%d)", rc);
+    }
     assert_int_equal(count_own_shm(coordinator), 0);
 }
 
 static int tear_down(void **state)
 {
     (void)state;
+    job_stop(job_events.job); /* of a test that failed */
     job_log_destroy(&job_events);
     support_remove(folder);
     unsetenv("TMPDIR");
@@ -145,6 +151,7 @@ static void start_and_wait(const job_options *o)
 static void stop(void)
 {
     job_stop(job_events.job);
+    job_events.job = NULL;
     assert_nothing_left(getpid());
 }
 
@@ -331,10 +338,9 @@ static void killed_in_all_ways(void **state)
         assert_true(job_log_time(&job_events, JOB_READY) - before < 5);
         const char *why = job_log_sentence(&job_events, JOB_RESTARTING);
         char expected[60];
-        snprintf(expected, sizeof expected, victim < 2 ? "rank %d (pid %d, host " : "mpirun ended with exit code 137", victim,
+        snprintf(expected, sizeof expected, victim < 2 ? "rank %d (pid %d, host " : "mpirun was killed by signal 9", victim,
                  (int)pid);
-        if (!strstr(why, expected) && !(victim == 0 && strstr(why, "the leader closed the control connection")) &&
-            !(victim == 2 && strstr(why, "died"))) /* the ranks go with mpirun: either may be seen first */
+        if (!strstr(why, expected))
             fail_msg("\"%s\" does not say \"%s\"", why, expected);
         assert_true(job_log_submit(&job_events, 100 + (uint64_t)round, 1));
         assert_true(job_log_wait_finished(&job_events, round + 1, 10));
@@ -607,10 +613,12 @@ static void waits_for_workers(void **state)
         assert_true(job_log_wait_state(&job_events, JOB_READY, round + 1, 10));
         assert_true(job_log_submit(&job_events, 1 + (uint64_t)round, 1));
         assert_true(job_log_wait_finished(&job_events, round + 1, 10));
-        if (round == 2)
+        if (round == 2) {
             job_stop(job_events.job); /* this one is told to end */
-        else
+            job_events.job = NULL;
+        } else {
             kill(pid, SIGKILL);
+        }
         int how;
         assert_int_equal(waitpid(pid, &how, 0), pid);
         assert_true(round < 2 || (WIFEXITED(how) && WEXITSTATUS(how) == 0));
@@ -637,9 +645,10 @@ static void killed_coordinator_leaves_no_process(void **state)
             pause();
         _exit(1);
     }
-    assert_int_equal(read(pair[0], &byte, 1), 1);
-    close(pair[0]);
     close(pair[1]);
+    ssize_t n = read(pair[0], &byte, 1);
+    close(pair[0]);
+    assert_int_equal(n, 1);
     kill(coordinator, SIGKILL);
     waitpid(coordinator, NULL, 0);
     poll(NULL, 0, 500);
