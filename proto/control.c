@@ -1,5 +1,6 @@
 #include "proto/control.h"
 
+#include "proto/clock.h"
 #include "proto/frame.h"
 
 #include <ctype.h>
@@ -7,6 +8,7 @@
 #include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -34,13 +36,21 @@ static status check_secret_file(const char *path, int fd)
     return STATUS_OK;
 }
 
-/* *n bytes of what the descriptor gives until its end, at most `size`. */
+/* *n bytes of what the descriptor gives until its end or the end of a line that is not empty, at most `size`. A pipe whose writer
+ * neither writes nor closes is not waited for without end. */
 static status read_all(const char *path, int fd, char *text, size_t size, size_t *n)
 {
+    double until = clock_seconds() + CONTROL_GREETING_SECONDS;
     *n = 0;
-    while (*n < size) {
+    while (*n < size && !(*n > 1 && text[*n - 1] == '\n')) {
+        struct pollfd p = {.fd = fd, .events = POLLIN};
+        double left = until - clock_seconds();
+        if (left <= 0)
+            return status_fail(STATUS_IO, "%s: the secret does not come", path);
+        if (poll(&p, 1, (int)(left * 1e3) + 1) == 0)
+            continue;
         ssize_t got = read(fd, text + *n, size - *n);
-        if (got < 0 && errno == EINTR)
+        if (got < 0 && (errno == EINTR || errno == EAGAIN))
             continue;
         if (got < 0)
             return status_fail(STATUS_IO, "%s: %s", path, strerror(errno));
@@ -72,7 +82,7 @@ status control_secret_read(const char *path, control_secret *out)
 {
     char text[2 * CONTROL_SECRET_MAX];
     size_t n;
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a named pipe without a writer must not block in open() */
     if (fd < 0)
         return status_fail(STATUS_IO, "%s: %s", path, strerror(errno));
     status st = check_secret_file(path, fd);

@@ -31,8 +31,8 @@ typedef struct {
     char text[CONTROL_SECRET_MAX + 1];
 } control_secret;
 
-/* Reads a file, a pipe or /dev/fd/N to its end. Refuses a file that group or others may read, one of another user (unless root
- * reads), and secrets that are too short, too long or hold white space. */
+/* Reads a file, a pipe or /dev/fd/N to its end or the end of the line, within CONTROL_GREETING_SECONDS. Refuses a file that group
+ * or others may read, one of another user (unless root reads), and secrets that are too short, too long or hold white space. */
 status control_secret_read(const char *path, control_secret *out);
 status control_secret_make(control_secret *out);
 /* Takes the same time wherever they differ. */

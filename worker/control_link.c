@@ -147,8 +147,8 @@ static status connect_patiently(control_link *l, double seconds)
             return control_tune_socket(l->fd);
         if (group_told_to_stop())
             return status_fail(STATUS_STOPPED, "told to stop while connecting to the coordinator at %s", l->address);
-        if (clock_seconds() >= until)
-            return status_fail(STATUS_IO, "the coordinator at %s cannot be reached for %.0f s: %s", l->address, seconds, why);
+        if (clock_seconds() + RETRY_MS * 1e-3 >= until)
+            return status_fail(STATUS_IO, "the coordinator at %s cannot be reached for %.3g s: %s", l->address, seconds, why);
         nanosleep(&(struct timespec){.tv_nsec = RETRY_MS * 1000000}, NULL);
     }
 }
