@@ -523,6 +523,56 @@ static void a_stopped_rank_is_a_hang_when_others_need_it(void **state)
     fake_control_close(&f);
 }
 
+/* Across nodes nobody sees the other's pulse: who waits gives up. */
+static void a_stopped_node_is_a_hang_too(void **state)
+{
+    (void)state;
+    char sentence[1024];
+    fake_control f;
+    fake_control_open(&f, support_data(MODEL));
+    f.setup.hang_ms = 1500;
+    serve(&f, 2, "--ranks-per-node 1");
+    kill(f.pids[1], SIGSTOP);
+    rest(2);
+    double start = clock_seconds();
+    submit_one(&f, 0, 0, 8);
+    assert_true(hear_of_hang(&f, 1, 1.5, sentence, sizeof sentence));
+    fake_control_await_end(&f, 2.5 + 3 - (clock_seconds() - start));
+    assert_non_null(strstr(sentence, "rank 0 (host "));
+    assert_non_null(strstr(sentence, "longer than the 2.5 s allowed"));
+    fake_control_close(&f);
+}
+
+static void progress_is_told_before_ready(void **state)
+{
+    (void)state;
+    int told = 0;
+    bool ready = false;
+    fake_control f;
+    fake_control_open(&f, support_source("deploy/models/convoke-demo"));
+    fake_control_launch(&f, 2, NULL);
+    fake_control_free(fake_control_greet(&f));
+    fake_control_send_setup(&f);
+    while (!ready) {
+        from_worker *m = fake_control_receive(&f, 60);
+        assert_non_null(m);
+        ready = m->kind_case == CONVOKE__CONTROL__TO_COORDINATOR__KIND_READY;
+        if (m->kind_case == CONVOKE__CONTROL__TO_COORDINATOR__KIND_PROGRESS) {
+            assert_int_equal(m->progress->n_done_of_rank, 2);
+            assert_true(m->progress->done_of_rank[1] <= m->progress->total_of_rank[1]);
+            told++;
+        }
+        fake_control_free(m);
+    }
+    assert_true(told > 0);
+    rest(0.7); /* none comes behind */
+    fake_control_send_stop(&f);
+    for (from_worker *m; (m = fake_control_receive(&f, 10)); fake_control_free(m))
+        assert_int_equal(m->kind_case, CONVOKE__CONTROL__TO_COORDINATOR__KIND_BEAT);
+    fake_control_await_end(&f, 10);
+    fake_control_close(&f);
+}
+
 static void a_stopped_leader_is_a_hang_too(void **state)
 {
     (void)state;
@@ -608,6 +658,7 @@ int main(void)
         {"what the engine refuses fails alone, with the sentence", a_refused_sequence_fails_alone, NULL, NULL, NULL},
         {"messages of another launch do nothing and are logged once", messages_of_another_launch_do_nothing, NULL, NULL, NULL},
         {"hello shows the secret and who is where; a refusal is printed", hello_shows_secret_and_ranks, NULL, NULL, NULL},
+        {"progress is told while loading, none behind ready", progress_is_told_before_ready, NULL, NULL, NULL},
         {"a secret that others can read is refused", a_secret_that_others_can_read_is_refused, NULL, NULL, NULL},
         {"workers wait for a coordinator, but not for ever", workers_wait_for_a_late_coordinator_but_not_for_ever, NULL, NULL,
          NULL},
@@ -617,6 +668,7 @@ int main(void)
         {"a killed mpirun leaves nobody", a_killed_mpirun_leaves_nobody, NULL, NULL, NULL},
         {"a stopped rank is a hang when others need it, not before", a_stopped_rank_is_a_hang_when_others_need_it, NULL, NULL,
          NULL},
+        {"a stopped node is a hang too", a_stopped_node_is_a_hang_too, NULL, NULL, NULL},
         {"a stopped leader is a hang too", a_stopped_leader_is_a_hang_too, NULL, NULL, NULL},
         {"a damaged frame ends the job with a sentence", a_damaged_frame_ends_the_job, NULL, NULL, NULL},
         {"a terminated leader ends the job in order", a_terminated_leader_ends_in_order, NULL, NULL, NULL},

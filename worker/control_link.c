@@ -296,6 +296,10 @@ static bool in_time(control_link *l)
 /* With out_lock: waits for the thread to empty the outbox. */
 static status await_room(control_link *l)
 {
+    _Atomic uint32_t *state = l->group ? &group_pulse_of(l->group, group_rank(l->group))->state : NULL;
+    bool waits = state && l->outbox.size - l->out_sent > OUTBOX_BYTES;
+    if (waits)
+        atomic_store(state, RANK_WAITING); /* it does not stand still */
     while (l->outbox.size - l->out_sent > OUTBOX_BYTES && !l->lost) {
         struct timespec t;
         clock_gettime(CLOCK_MONOTONIC, &t);
@@ -304,6 +308,8 @@ static status await_room(control_link *l)
         if (!in_time(l))
             break;
     }
+    if (waits)
+        atomic_store(state, RANK_WORKING);
     return l->outbox.size - l->out_sent > OUTBOX_BYTES
                ? status_fail(STATUS_PEER_LOST, "the coordinator at %s has read nothing for %.0f s", l->address, PATIENCE_SECONDS)
                : STATUS_OK;
@@ -471,11 +477,13 @@ status control_link_check(const control_link *l)
 
 static status send_own(control_link *l, const Convoke__Control__ToCoordinator *m)
 {
+    bool progress = m->kind_case == CONVOKE__CONTROL__TO_COORDINATOR__KIND_PROGRESS;
     bytes_reset(&l->own_frames);
     TRY(control_put_to_coordinator(&l->own_frames, m));
     pthread_mutex_lock(&l->out_lock);
     /* Where the coordinator does not read, beats do not pile up behind what it has not read. */
-    status st = l->outbox.size == 0 && !l->goodbye_said ? put_out(l, l->own_frames.data, l->own_frames.size) : STATUS_OK;
+    bool fits = l->outbox.size == 0 && !l->goodbye_said && (l->loading || !progress);
+    status st = fits ? put_out(l, l->own_frames.data, l->own_frames.size) : STATUS_OK;
     pthread_mutex_unlock(&l->out_lock);
     return st;
 }
@@ -486,7 +494,7 @@ static status send_beat(control_link *l)
     Convoke__Control__ToCoordinator m = CONVOKE__CONTROL__TO_COORDINATOR__INIT;
     watch_silence(l->watch, l->silence);
     beat.launch = l->launch;
-    beat.step = atomic_load(&group_pulse_of(l->group, group_rank(l->group))->messages);
+    beat.step = watch_step(l->watch);
     beat.n_silent_ms_of_rank = (size_t)group_size(l->group);
     beat.silent_ms_of_rank = l->silence;
     m.kind_case = CONVOKE__CONTROL__TO_COORDINATOR__KIND_BEAT;
@@ -615,7 +623,9 @@ status control_link_start(control_link *l, group *g, watch *w)
 
 void control_link_ready(control_link *l)
 {
+    pthread_mutex_lock(&l->out_lock); /* no Progress behind what is sent next */
     l->loading = false;
+    pthread_mutex_unlock(&l->out_lock);
 }
 
 void control_link_close(control_link *l)

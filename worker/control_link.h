@@ -33,7 +33,7 @@ void control_link_wait(control_link *l);
 /* STATUS_PEER_LOST with the sentence when the connection is lost. */
 status control_link_check(const control_link *l);
 
-/* Any thread. Sends whole frames (control_put_to_coordinator): at once as far as the socket takes them, else from the outbox.
+/* Sends whole frames (control_put_to_coordinator): at once as far as the socket takes them, else from the outbox.
  * When that is full it waits; STATUS_PEER_LOST when the coordinator does not read for too long. */
 status control_link_send(control_link *l, const void *frames, size_t size);
 /* Any thread. Goodbye, once; gets a moment to leave. */

@@ -40,7 +40,8 @@ struct watch {
     pthread_mutex_t lock; /* all of the above but group and own */
     pthread_cond_t wake;
     bool running, stopping;
-    bool blind; /* the group may be gone */
+    bool blind;                     /* the group may be gone */
+    _Atomic unsigned first_message; /* the leader's messages before watch_arm() */
 };
 
 void watch_tie_to_parent(void)
@@ -129,9 +130,9 @@ static int speaker_beside(const watch *w, int silent)
 static void accuse(watch *w, int rank, double now, bool ago, double seconds)
 {
     char sentence[512];
-    unsigned step = atomic_load_explicit(&w->own->messages, memory_order_relaxed);
     snprintf(sentence, sizeof sentence, "rank %d (pid %d, host %s) %s %.1f s%s, in step %u", rank, group_pid(w->group, rank),
-             group_host(w->group, rank), ago ? "was last heard" : "has stood still for", seconds, ago ? " ago" : "", step);
+             group_host(w->group, rank), ago ? "was last heard" : "has stood still for", seconds, ago ? " ago" : "",
+             watch_step(w));
     end_job(w, now, END_BY_HAND_SECONDS, sentence);
 }
 
@@ -246,8 +247,14 @@ void watch_stop(watch *w)
     free(w);
 }
 
+unsigned watch_step(const watch *w)
+{
+    return atomic_load_explicit(&w->own->messages, memory_order_relaxed) - w->first_message;
+}
+
 void watch_arm(watch *w, double hang_seconds)
 {
+    w->first_message = atomic_load_explicit(&w->own->messages, memory_order_relaxed);
     group_set_deadline(w->group, hang_seconds + DEADLINE_BEHIND);
     pthread_mutex_lock(&w->lock);
     w->hang_seconds = hang_seconds;

@@ -24,6 +24,8 @@ status watch_start(group *g, watch **out);
 void watch_stop(watch *w); /* NULL is fine */
 /* Steps may run from now on. Also gives waits inside the group their deadline, a little longer. */
 void watch_arm(watch *w, double hang_seconds);
+/* Any thread. Messages of the leader since then. */
+unsigned watch_step(const watch *w);
 /* Any thread. What is done with a sentence before this process ends by its own hand: tell the coordinator. Set once. */
 void watch_set_last_words(watch *w, void (*say)(void *arg, const char *sentence), void *arg);
 /* Any thread. The job cannot go on: waits end with this sentence; without watch_stop() within two seconds the process does. */
