@@ -24,6 +24,7 @@ from door_client import Client, Fake, load_messages
 vllm, convoke, health, reflection, reflection_alpha, _, engine = load_messages()
 Code = grpc.StatusCode
 TIMEOUT = 30
+LONG = 1900  # tokens that take long enough to be interrupted, and fit into any model
 
 
 class DoorTest(unittest.TestCase):
@@ -88,6 +89,7 @@ def request(text="hello ", tokens=None, **fields):
     r = vllm.GenerateRequest(text=text, **fields)
     if tokens:
         r.stopping.max_new_tokens = tokens
+        r.stopping.ignore_eos = tokens == LONG
     return r
 
 
@@ -377,30 +379,30 @@ class Endings(DoorTest):
     options = {"token_ms": 5}
 
     def test_a_cancelled_call_ends_the_request(self):
-        call = self.stream(request(tokens=5000, request_id="cancel"), timeout=TIMEOUT)
+        call = self.stream(request(tokens=LONG, request_id="cancel"), timeout=TIMEOUT)
         next(call)
         call.cancel()
         summary = self.wait_finished("cancel")
-        self.assertTrue(summary is None or summary.num_output_tokens < 2000)
+        self.assertTrue(summary is None or summary.num_output_tokens < LONG)
 
     def test_a_deadline_ends_the_request(self):
         for name, call in [("deadline-unary", self.generate), ("deadline-stream", self.stream)]:
             start = time.time()
-            self.fails(Code.DEADLINE_EXCEEDED, call, request(tokens=5000, request_id=name), timeout=0.4)
+            self.fails(Code.DEADLINE_EXCEEDED, call, request(tokens=LONG, request_id=name), timeout=0.4)
             self.assertLess(time.time() - start, 5)
             self.wait_finished(name)
 
     def test_a_lost_connection_ends_the_request(self):
         other = Client(self.at)
         stream = other.stream("/vllm.Inference/GenerateStream", vllm.GenerateRequest, vllm.GenerateResponse)
-        call = stream(request(tokens=5000, request_id="lost"), timeout=TIMEOUT)
+        call = stream(request(tokens=LONG, request_id="lost"), timeout=TIMEOUT)
         next(call)
         other.close()
         self.wait_finished("lost")
 
     def test_abort_ends_with_a_reason(self):
         for abort in [self.abort, self.client.unary("/vllm.grpc.engine.VllmEngine/Abort", engine.AbortRequest, engine.AbortResponse)]:
-            call = self.stream(request(tokens=5000, request_id="abort"), timeout=TIMEOUT)
+            call = self.stream(request(tokens=LONG, request_id="abort"), timeout=TIMEOUT)
             next(call)
             message = (vllm if abort is self.abort else engine).AbortRequest(request_ids=["abort", "nobody"])
             abort(message, timeout=TIMEOUT)
@@ -444,7 +446,7 @@ class Endings(DoorTest):
         self.assertEqual(list(call)[-1].outputs.finish_info.num_output_tokens, 200)
 
     def test_list_says_what_runs(self):
-        call = self.stream(request("abc", 3000, request_id="listed"), timeout=TIMEOUT)
+        call = self.stream(request("abc", LONG, request_id="listed"), timeout=TIMEOUT)
         next(call)
         found = self.summary("listed")
         self.assertEqual((found.num_sequences, found.finished), (1, False))
@@ -498,7 +500,7 @@ class Control(DoorTest):
         self.control("ResumeGeneration")
 
     def test_pause_aborts_unless_told_otherwise(self):
-        call = self.stream(request(tokens=5000), timeout=TIMEOUT)
+        call = self.stream(request(tokens=LONG), timeout=TIMEOUT)
         next(call)
         self.control("PauseGeneration")
         self.assertEqual(list(call)[-1].outputs.finish_info.finish_reason, vllm.FinishInfo.ABORTED)
