@@ -569,6 +569,63 @@ static void counters_tell_what_happened(void **state)
     stop(f);
 }
 
+/* ---- memory: the linker sends our own calls through these ---- */
+
+static unsigned long n_allocations;
+void *__real_malloc(size_t n);
+void *__real_calloc(size_t n, size_t size);
+void *__real_realloc(void *p, size_t n);
+void *__wrap_malloc(size_t n);
+void *__wrap_calloc(size_t n, size_t size);
+void *__wrap_realloc(void *p, size_t n);
+
+void *__wrap_malloc(size_t n)
+{
+    n_allocations++;
+    return __real_malloc(n);
+}
+
+void *__wrap_calloc(size_t n, size_t size)
+{
+    n_allocations++;
+    return __real_calloc(n, size);
+}
+
+void *__wrap_realloc(void *p, size_t n)
+{
+    n_allocations++;
+    return __real_realloc(p, n);
+}
+
+static void once_warm_a_step_allocates_nothing(void **state)
+{
+    (void)state;
+    int32_t prompt[256];
+    fixture *wide = start(1, 64, 0);
+    size_t one_block = engine_kv_bytes(wide->engine) / 3; /* 96 positions are 3 blocks */
+    stop(wide);
+    for (int round = 0; round < 2; round++) {
+        fixture *f = start(4, 16, round ? 4 * one_block : 0); /* the second time, sequences push each other out */
+        for (int again = 0; again < 3; again++) {
+            memset(&f->h, 0, sizeof f->h);
+            for (int i = 0; i < 6; i++) {
+                engine_request r = make_request(i, prompt);
+                r.output_candidates.top_n = i;
+                r.max_new = 60;
+                submit(f, &r);
+            }
+            unsigned long before = n_allocations;
+            assert_true(before > 0);
+            run(f);
+            assert_true(again == 0 || n_allocations == before);
+        }
+        engine_counters c;
+        engine_get_counters(f->engine, &c);
+        assert_true(round == 0 || c.n_preempted > 0);
+        stop(f);
+    }
+}
+
 /* ---- a sequence that has no numbers any more ---- */
 
 /* Overwrites the embedding of one token by NaN in the file that holds it. */
@@ -653,6 +710,7 @@ int main(void)
         {"the whole vocabulary may be asked for", the_whole_vocabulary_may_be_asked_for, NULL, NULL, NULL},
         {"when all are held nothing is to do", when_all_are_held_nothing_is_to_do, NULL, NULL, NULL},
         {"counters tell what happened", counters_tell_what_happened, NULL, NULL, NULL},
+        {"once warm, a step allocates nothing", once_warm_a_step_allocates_nothing, NULL, NULL, NULL},
         {"a sequence without numbers ends alone, with a sentence", a_sequence_without_numbers_ends_alone, NULL, NULL, NULL},
     };
     return cmocka_run_group_tests_name("step loop", tests, NULL, NULL);

@@ -187,7 +187,7 @@ static void take_token(world *w, int rank, int place)
 static const scheduler_step *take_step(world *w)
 {
     const scheduler_step *step = scheduler_plan(w->s);
-    int prefill[MAX_RANKS] = {0}, decode = 0, all = 0, before[MAX_RANKS][MAX_PLACES];
+    int prefill[MAX_RANKS] = {0}, all = 0, before[MAX_RANKS][MAX_PLACES];
     take_leaves_and_joins(w, step);
     assert_true(scheduler_is_sound(w->s));
     for (int i = 0; i < step->n_rows; i++) {
@@ -198,7 +198,6 @@ static const scheduler_step *take_step(world *w)
         bool decoding = t->n_tokens > j->n_prompt && t->n_done == t->n_tokens - 1;
         before[rows->rank][rows->place] = t->n_done;
         prefill[rows->rank] += rows->n_rows > 1 || !decoding ? rows->n_rows : 0;
-        decode += rows->n_rows == 1 && decoding;
         all += rows->n_rows;
         j->prompt_rows += t->n_done < j->n_prompt ? rows->n_rows : 0;
         for (int n = 0; n < rows->n_rows; n++)

@@ -7,15 +7,19 @@
 #include <string.h>
 
 enum {
-    FLOOR_ROWS = 32,      /* a smaller chunk of a prompt costs nearly as much as this one */
-    FLOOR_ROWS_ASKED = 8, /* where the budget was given by somebody, who meant it */
+    FLOOR_ROWS = 16,      /* of prompts, where the budget is chosen here: attention takes so many at a time */
+    FLOOR_ROWS_ASKED = 8, /* where somebody gave the budget and meant it */
     FIRST_ROWS = 64,      /* before anything was measured */
-    ROW_STEP = 8,         /* rows of a prompt come in multiples of it */
+    ROW_STEP = 8,         /* rows of prompts come in multiples of it */
     DECODER_ROWS = 32,    /* what a decoding sequence counts as, in rows, when ranks are compared */
     MOST_OVERTAKEN = 16,  /* then a rank is kept for the one overtaken */
     MOST_TRIED = 16,      /* who do not fit are looked at in one step */
 };
-#define ADAPTIVE_STEP 1.7 /* times the step of the decoding rows alone */
+/* Two wishes pull against each other: running streams want short steps, a prompt wants many rows in each. A step may take so many
+ * times what its decoding rows take alone; but prompts never get so few rows that they take more than so many times as long as
+ * on an idle machine. */
+#define ADAPTIVE_STEP 1.7
+#define MOST_SLOWDOWN 2.7
 #define NO_BUDGET     1e8 /* seconds: whoever says so wants the whole chunk */
 #define PROMPT_CHARGE 1.0
 #define TOKEN_CHARGE  2.0
@@ -500,14 +504,14 @@ static void measure_loads(scheduler *s)
     }
 }
 
-/* Whether `it` can start on this rank now, with `n_cached` blocks found. A little is left for those who grow, unless nobody is
- * there to grow. */
+/* Whether `it` can start on this rank now, with `n_cached` blocks found. A block is left for each who runs there: they will want
+ * it before long, and whoever is admitted into the last ones would soon be pushed out again. */
 static bool fits(const scheduler *s, const item *it, int rank, int n_cached)
 {
     const kv_blocks *b = s->blocks[rank];
     if (s->n_on_rank[rank] == s->limits.n_places)
         return false;
-    int n_free = kv_blocks_free(b), spare = s->n_on_rank[rank] == 0 ? 0 : 1 + kv_blocks_count(b) / 100;
+    int n_free = kv_blocks_free(b), spare = s->n_on_rank[rank];
     for (int i = 0; i < n_cached; i++)
         n_free -= !kv_blocks_is_used(b, kv_blocks_find(b, it->keys[i]));
     return n_free - (blocks_of(s, it->n_tokens) - n_cached) >= spare;
@@ -764,16 +768,39 @@ static step_load weigh(scheduler *s, int budget)
                        .positions = most_positions};
 }
 
+/* Rows of prompts per second; `decoding`: the decoding sequences as they are, or none there. */
+static double prompt_rate(scheduler *s, int rows, const step_load *alone, bool decoding)
+{
+    step_load load = weigh(s, rows);
+    double prompt_rows = load.total_rows - alone->total_rows;
+    if (!decoding)
+        load = (step_load){.prefill_rows = load.prefill_rows,
+                           .total_rows = prompt_rows,
+                           .positions = load.positions > alone->positions ? load.positions - alone->positions : 0};
+    return prompt_rows / step_cost_predict(&s->cost, &load);
+}
+
+/* The fewest rows per rank that do not slow a prompt down too much. */
+static int find_floor(scheduler *s, const step_load *alone)
+{
+    double idle = prompt_rate(s, s->limits.chunk, alone, false);
+    int rows = FLOOR_ROWS;
+    while (rows < s->limits.chunk && prompt_rate(s, rows, alone, true) * MOST_SLOWDOWN < idle)
+        rows += ROW_STEP;
+    return rows;
+}
+
 /* The most rows per rank whose step keeps within the budget. */
 static int find_budget_rows(scheduler *s)
 {
-    int chunk = s->limits.chunk, floor = s->limits.step_seconds > 0 ? FLOOR_ROWS_ASKED : FLOOR_ROWS;
+    int chunk = s->limits.chunk, floor = FLOOR_ROWS_ASKED;
     double budget = s->limits.step_seconds;
     if (!s->cost.known)
         return chunk < FIRST_ROWS ? chunk : FIRST_ROWS;
     if (budget == 0) {
         step_load alone = weigh(s, 0);
         budget = ADAPTIVE_STEP * step_cost_predict(&s->cost, &alone);
+        floor = find_floor(s, &alone);
     }
     s->cost.focus = s->step.budget_seconds = budget;
     int low = floor / ROW_STEP, high = chunk / ROW_STEP; /* what is at or below the floor is not asked */
