@@ -4,7 +4,9 @@
  *
  * throughput  N streams at once: tokens/s while all N decode (from the moment the last one has its first token to the moment the
  *             first one has its last), tokens/s of the whole, time to first token, time between tokens
- * ttft        requests one after another on an idle server: time from the call to its first token
+ * ttft        requests one after another on an idle server: time from the call to its first token; with --http also how much of
+ *             it is not the model's own: of each request, its time less the seconds that the workers' steps took meanwhile by the
+ *             leader's clock (convoke_step_seconds_sum of /metrics, read before and after)
  * gap         N streams decode; meanwhile a long prompt comes: time between tokens before and while it is prefilled, and that
  *             prompt's own time to first token, alone and among the streams
  * prefix      two prompts with the same beginning, one after the other: the second's time to first token over the first's
@@ -14,17 +16,20 @@
  * Prompts are random token ids, different in every request unless said otherwise; the end of text is ignored. */
 #include "cluster/rpc_client.h"
 #include "proto/clock.h"
+#include "proto/control.h"
 #include "proto/log.h"
 #include "proto/options.h"
 #include "proto/vllm.pb-c.h"
 
 #include <dirent.h>
+#include <netdb.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -32,7 +37,7 @@ enum { MOST_STREAMS = 256, MOST_FIGURES = 64, MOST_PROCESSES = 4096 };
 #define CALL_SECONDS 600.0
 
 static struct {
-    const char *connect, *kind;
+    const char *connect, *http, *kind;
     int64_t streams, prompt, tokens, rounds, vocab, server_pid;
     double seconds;
     bool json;
@@ -318,6 +323,83 @@ static status bench_throughput(void)
 
 /* ---- time to first token ---- */
 
+typedef struct {
+    double seconds, count;
+} step_times;
+
+/* One GET /metrics over a connection of its own. */
+static status read_page(char *page, size_t room)
+{
+    char host[256] = "", port[8] = "", ask[400];
+    struct addrinfo hints = {.ai_socktype = SOCK_STREAM}, *found = NULL;
+    TRY(control_split_address("--http", options.http, host, port));
+    if (getaddrinfo(host, port, &hints, &found) != 0)
+        return status_fail(STATUS_IO, "--http %s: no such place", options.http);
+    int fd = socket(found->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    int n = snprintf(ask, sizeof ask, "GET /metrics HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n", host);
+    bool ok = fd >= 0 && connect(fd, found->ai_addr, found->ai_addrlen) == 0 && send(fd, ask, (size_t)n, MSG_NOSIGNAL) == n;
+    freeaddrinfo(found);
+    size_t size = 0;
+    for (ssize_t m; ok && size < room - 1 && (m = recv(fd, page + size, room - 1 - size, 0)) > 0;)
+        size += (size_t)m;
+    page[size] = '\0';
+    if (fd >= 0)
+        close(fd);
+    return size > 0 ? STATUS_OK : status_fail(STATUS_IO, "--http %s: no answer", options.http);
+}
+
+static double read_number(const char *page, const char *name)
+{
+    const char *at = strstr(page, name), *behind = at ? strchr(at, ' ') : NULL;
+    return behind ? strtod(behind, NULL) : 0;
+}
+
+static status read_steps(step_times *out)
+{
+    static char page[1 << 17];
+    TRY(read_page(page, sizeof page));
+    out->seconds = read_number(page, "\nconvoke_step_seconds_sum{");
+    out->count = read_number(page, "\nconvoke_step_seconds_count{");
+    return STATUS_OK;
+}
+
+/* The steps' own seconds since `before`; their report may be a moment behind the token. */
+static status steps_since(const step_times *before, double *seconds)
+{
+    step_times now;
+    for (int i = 0; i < 50; i++) {
+        TRY(read_steps(&now));
+        *seconds = now.seconds - before->seconds;
+        if (now.count > before->count)
+            return STATUS_OK;
+        rest(0.002);
+    }
+    return status_fail(STATUS_BAD_INPUT, "a request was answered, and /metrics counts no step for it");
+}
+
+static status bench_ttft_own(void)
+{
+    samples own = {0}, added = {0};
+    for (int64_t i = -2; i < options.rounds; i++) {
+        asked *a = make_request((int)options.prompt, 1);
+        step_times before;
+        double steps;
+        TRY(read_steps(&before));
+        rest(0.03);
+        TRY(run_alone(a));
+        TRY(steps_since(&before, &steps));
+        if (i >= 0) {
+            add(&own, steps);
+            add(&added, a->first - a->start - steps);
+        }
+        free_request(a);
+    }
+    figure("ttft_own_p50_ms", 1e3 * median(&own), "ms of the workers' steps");
+    figure("ttft_added_p50_ms", 1e3 * median(&added), "ms by door and control path");
+    figure("ttft_added_p99_ms", 1e3 * percentile(&added, 0.99), "ms");
+    return STATUS_OK;
+}
+
 static status measure_first(int n_prompt, int rounds, samples *out)
 {
     for (int i = -2; i < rounds; i++) { /* two warm up */
@@ -339,7 +421,7 @@ static status bench_ttft(void)
     figure("ttft_p50_ms", 1e3 * median(&first), "ms");
     figure("ttft_p99_ms", 1e3 * percentile(&first, 0.99), "ms");
     figure("ttft_least_ms", 1e3 * percentile(&first, 0), "ms");
-    return STATUS_OK;
+    return options.http ? bench_ttft_own() : STATUS_OK;
 }
 
 /* ---- gaps of running streams while a long prompt is prefilled ---- */
@@ -608,6 +690,7 @@ int main(int argc, char **argv)
 {
     const option_entry entries[] = {
         {"connect", OPTION_STRING, &options.connect, .argument = "HOST:PORT", .required = true, .help = "a running server"},
+        {"http", OPTION_STRING, &options.http, .argument = "HOST:PORT", .help = "ttft: its /metrics, for the model's own time"},
         {"streams", OPTION_INT, &options.streams, .fallback = "0", .max = MOST_STREAMS,
          .help = "at once (0: as the figure wants)"},
         {"prompt", OPTION_INT, &options.prompt, .fallback = "0", .max = 1 << 20, .help = "tokens of a prompt"},

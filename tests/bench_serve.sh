@@ -8,10 +8,10 @@
 #   throughput  convoke-score's batch decode at 16 sequences (its decode_tokens_per_s) and a server's at 16 streams, in turn for R
 #               rounds, since the machine's speed moves under both; 16 prompt tokens and 96 new ones each. The ratio is the median of
 #               the rounds' ratios.
-#   ttft        p50 of 100 requests of 16 tokens on an idle server with the bundled model, from the call to its first token at the
-#               client, minus the model's own time: the median over 100 rounds of the engine's step that prefills such a prompt and
-#               samples its first token (bench_score --measure, prefill_seconds: same ranks, same threads, no door, no control
-#               connection). Measured in turn, R rounds, the median of the rounds' differences.
+#   ttft        100 requests of 16 tokens, one after another, on an idle server with the bundled model. Added by door and control path:
+#               p50 of the requests' differences between the time from the call to its first token, at the client, and the seconds
+#               that the workers' steps took meanwhile by the leader's clock (/metrics before and after each request), which is
+#               the model's own time in the very same state of caches and clocks. R rounds, medians.
 #   gap         8 streams and a 2,000-token prompt: p99 of the time between tokens while it is prefilled over p99 before, and the
 #               prompt's time to first token among the streams over that on an idle server.
 #   prefix      1,000 shared tokens and 16 of one's own: the second request's time to first token over the first's.
@@ -49,6 +49,7 @@ cleanup() {
 }
 trap cleanup EXIT
 trap 'exit 130' INT TERM
+trap 'echo "bench_serve.sh: line $LINENO failed" >&2; tail -n 20 "$scratch/log" >&2' ERR
 
 # start MODEL RANKS THREADS [MORE]: a server; its address is $address, its process $server.
 start() {
@@ -72,10 +73,10 @@ stop() {
 door() { "$build/tests/bench_door" --connect "$address" --vocab "$vocab" --json "$@" >"$scratch/door.json"; }
 # value FILE KEY: the number behind "KEY" in a JSON object.
 value() { sed -n "s/.*\"$2\": *\([-+0-9.e]*\).*/\1/p" "$1" | head -n 1; }
-door_value() { value "$scratch/door.json" "$1"; }
-median() { sort -g | awk '{ v[NR] = $1 } END { print NR % 2 ? v[(NR + 1) / 2] : (v[NR / 2] + v[NR / 2 + 1]) / 2 }'; }
+door_value() { value "$scratch/door.json" "$1" | awk '{ printf "%.4g\n", $1 }'; }
+median() { sort -g | awk '{ v[NR] = $1 } END { printf "%.4g\n", NR % 2 ? v[(NR + 1) / 2] : (v[NR / 2] + v[NR / 2 + 1]) / 2 }'; }
 vocab_of() { value "$1/config.json" vocab_size; }
-calc() { awk "BEGIN { printf \"%.6g\", $1 }"; }
+calc() { awk "BEGIN { printf \"%.4g\n\", $1 }"; }
 row() { printf '%-58s %12s  %-28s %s\n' "$1" "$2" "$3" "$4"; }
 under_mpi() { "$source_dir/tests/run_mpi.sh" "$@"; }
 
@@ -96,7 +97,6 @@ if wants throughput; then
         echo "$ceiling" >>"$scratch/ceilings"
         echo "$through" >>"$scratch/throughs"
         calc "$through / $ceiling" >>"$scratch/ratios"
-        echo >>"$scratch/ratios"
         for key in ttft_p50_ms ttft_p99_ms inter_token_p50_ms inter_token_p99_ms; do door_value $key >>"$scratch/$key"; done
     done
     row "tokens/s through the door, 16 streams" "$(median <"$scratch/throughs")" "" "convoke-score: $(median <"$scratch/ceilings") (medians of $rounds rounds)"
@@ -107,21 +107,15 @@ fi
 
 if wants ttft; then
     vocab=$(vocab_of "$demo")
-    start "$demo" "$ranks" "$threads"
+    start "$demo" "$ranks" "$threads" --http 127.0.0.1:0
     for ((i = 0; i < rounds; i++)); do
-        under_mpi "$ranks" "$build/tests/bench_score" --measure yes --model "$demo" --threads "$threads" --batch 1 --prompt 16 --tokens 1 \
-            --rounds 100 >"$scratch/own" 2>"$scratch/log"
-        own=$(sed -n 's/.*"prefill_seconds":\([0-9.e-]*\).*/\1/p' "$scratch/own" | tail -n +2 | median)
-        door ttft --prompt 16 --rounds 100
-        seen=$(door_value ttft_p50_ms)
-        calc "1000 * $own" >>"$scratch/own_ms"; echo >>"$scratch/own_ms"
-        echo "$seen" >>"$scratch/seen_ms"
-        door_value ttft_p99_ms >>"$scratch/seen_p99_ms"
-        calc "$seen - 1000 * $own" >>"$scratch/added_ms"; echo >>"$scratch/added_ms"
+        door ttft --prompt 16 --rounds 100 --http "$(sed -n 's/^ready: .*, http \(.*\)/\1/p' "$scratch/ready")"
+        for key in ttft_p50_ms ttft_p99_ms ttft_own_p50_ms ttft_added_p50_ms ttft_added_p99_ms; do door_value $key >>"$scratch/one_$key"; done
     done
     stop
-    row "time to first token added by door and control path, ms" "$(median <"$scratch/added_ms")" "<= 2" \
-        "seen $(median <"$scratch/seen_ms") (p99 $(median <"$scratch/seen_p99_ms")), the model's own $(median <"$scratch/own_ms")"
+    one() { median <"$scratch/one_$1"; }
+    row "time to first token added by door and control path, ms" "$(one ttft_added_p50_ms)" "<= 2" \
+        "p99 $(one ttft_added_p99_ms); whole p50 $(one ttft_p50_ms), p99 $(one ttft_p99_ms); the model's own p50 $(one ttft_own_p50_ms)"
 fi
 
 if wants gap; then
@@ -151,7 +145,7 @@ if wants idle; then
     door idle --seconds 20 --server-pid "$server"
     stop
     row "idle server, 2 ranks, % of one core" "$(door_value idle_total_percent)" "<= 4" \
-        "$(sed 's/[{}"]//g; s/idle_//g; s/_percent//g' "$scratch/door.json")"
+        "$(sed 's/[{}"]//g; s/idle_//g; s/_percent//g; s/\(\.[0-9][0-9]\)[0-9]*/\1/g' "$scratch/door.json")"
 fi
 
 if wants recovery; then
