@@ -64,6 +64,10 @@ static void run_job(const fake_control *f, int n_ranks, const char *extra)
     snprintf(runner, sizeof runner, "%s", support_source("tests/run_mpi.sh"));
     snprintf(address, sizeof address, "127.0.0.1:%d", f->port);
     setenv("CONVOKE_MPI_SECONDS", "120", 1);
+    /* What Open MPI leaves behind when it is killed goes with the scratch folder. */
+    setenv("TMPDIR", f->folder, 1);
+    setenv("OMPI_MCA_orte_tmpdir_base", f->folder, 1);
+    setenv("OMPI_MCA_btl_vader_backing_directory", f->folder, 1);
     setenv("CONVOKE_COORDINATOR", address, 1);
     setenv("CONVOKE_SECRET_FILE", f->secret_path, 1);
     int n =
