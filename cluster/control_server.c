@@ -22,7 +22,7 @@ enum {
     STRANGER_READ_BYTES = 4 << 10,
     MAX_ACCEPTS = 64, /* per step, so that a flood of connections leaves room for the leader */
 };
-#define MAX_OUTBOX       ((size_t)512 << 20) /* a leader that has not read this much is stuck */
+#define MAX_OUTBOX       ((size_t)256 << 20) /* a leader that has not read this much is stuck */
 #define STRANGER_SECONDS 5.0
 #define GOODBYE_SECONDS  1.0 /* a refused peer has this long to read why */
 #define NO_FILES_SECONDS 0.1 /* no descriptors left: look again after this */
