@@ -50,6 +50,7 @@ static void end_line(chatter *c, chatter_line *line, void *arg)
             c->banner_complete = true;
         c->in_banner = !c->in_banner;
     } else if (c->in_banner) {
+        c->lost_host |= strstr(c->line, "lost communication with a remote daemon") != NULL;
         if (!c->banner_complete)
             append_words(c->banner, sizeof c->banner, c->line);
     } else if (c->line[0] && !(c->ending && is_of_mpirun(c->line))) {

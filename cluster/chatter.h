@@ -13,6 +13,7 @@ typedef struct {
     char banner[512];     /* the first announcement since it was last taken, in one line */
     bool banner_complete; /* its closing frame was seen */
     char last_words[512]; /* the last line of a worker */
+    bool lost_host;       /* mpirun said that the daemon of a host is gone */
     bool ending;          /* the job's end is known: mpirun's own words about it are dropped */
 } chatter;
 

@@ -418,14 +418,17 @@ static void stop_launch(job *j)
     bytes_clear(&frame);
 }
 
-/* The reason, with the last words of whoever printed some: a launch that never came up has no other way to say why. */
+/* What mpirun and the ranks printed last: a launch that never came up has no other way to say why. */
 static void complete_reason(job *j)
 {
     launch_life *life = &j->life;
-    if (!life->launcher || life->clue == CLUE_GOODBYE || life->watch.phase == PHASE_READY)
-        return;
-    const char *words = launcher_last_words(life->launcher);
     size_t n = strlen(life->why);
+    if (!life->launcher)
+        return;
+    if (launcher_lost_host(life->launcher))
+        snprintf(life->why + n, sizeof life->why - n, "; mpirun has lost the daemon of a host");
+    const char *words =
+        life->clue != CLUE_GOODBYE && life->watch.phase != PHASE_READY ? launcher_last_words(life->launcher) : NULL;
     if (words)
         snprintf(life->why + n, sizeof life->why - n, "; last words: %s", words);
 }

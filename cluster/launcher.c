@@ -443,6 +443,11 @@ const char *launcher_last_words(launcher *l)
     return text;
 }
 
+bool launcher_lost_host(const launcher *l)
+{
+    return l->chatter.lost_host;
+}
+
 status launcher_end(launcher *l)
 {
     if (!l)

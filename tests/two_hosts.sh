@@ -7,6 +7,8 @@
 #
 #   TWO_HOSTS_RATE=1gbit       limits the link both ways (tc tbf)
 #   CONVOKE_MPI_SECONDS=300    time limit
+#   TWO_HOSTS_ALONE=1          the program alone, on the first host: it starts mpirun itself, with $TWO_HOSTS_HOSTFILE and
+#                              $TWO_HOSTS_MPIRUN_ARGS
 # Needs root with CAP_NET_ADMIN and CAP_SYS_ADMIN; exits 77 with the reason where that is missing. CONVOKE_REQUIRE_TWO_HOSTS=1 turns that
 # into a failure on machines where the capability is there.
 set -u
@@ -48,7 +50,10 @@ shift
 # /run/netns and /etc/hosts of this mount namespace alone.
 mount --make-rprivate / && mkdir -p /run/netns && mount -t tmpfs none /run/netns || give_up "cannot mount inside the namespace"
 here=/run/netns/.run
-mkdir -p $here
+mkdir -p $here/tmp
+# Two runs have the same host names and process numbers, of which Open MPI makes the names of its files.
+mount -t tmpfs -o mode=1777 none /dev/shm || give_up "cannot mount inside the namespace"
+export TMPDIR=$here/tmp
 
 build_hosts()
 {
@@ -84,8 +89,12 @@ chmod +x $here/remote
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 export ASAN_OPTIONS="detect_leaks=0${ASAN_OPTIONS:+:$ASAN_OPTIONS}"
 unset TWO_HOSTS_INSIDE
-ip netns exec node0 unshare --uts /bin/bash -c 'hostname node0; exec "$@"' two_hosts \
-    timeout -k 5 "${CONVOKE_MPI_SECONDS:-300}" mpirun -np $((2 * per_host)) --hostfile $here/hostfile --oversubscribe --bind-to none \
-    --mca plm_rsh_agent $here/remote --mca mpi_yield_when_idle 1 --mca pml ob1 --mca btl self,vader,tcp \
-    --mca btl_vader_warn_missing_cma 0 --mca btl_tcp_if_include 10.77.0.0/24 --mca oob_tcp_if_include 10.77.0.0/24 \
-    --mca oob_tcp_keepalive_time 2 --mca oob_tcp_keepalive_intvl 1 --mca oob_tcp_keepalive_probes 2 "$@"
+arguments="--mca plm_rsh_agent $here/remote --mca mpi_yield_when_idle 1 --mca pml ob1 --mca btl self,vader,tcp
+    --mca btl_vader_warn_missing_cma 0 --mca btl_tcp_if_include 10.77.0.0/24 --mca oob_tcp_if_include 10.77.0.0/24
+    --mca oob_tcp_keepalive_time 2 --mca oob_tcp_keepalive_intvl 1 --mca oob_tcp_keepalive_probes 2"
+if [ -n "${TWO_HOSTS_ALONE:-}" ]; then
+    export TWO_HOSTS_HOSTFILE=$here/hostfile TWO_HOSTS_MPIRUN_ARGS=$arguments
+else # shellcheck disable=SC2086 # the arguments are words
+    set -- mpirun -np $((2 * per_host)) --hostfile $here/hostfile --oversubscribe --bind-to none $arguments "$@"
+fi
+ip netns exec node0 unshare --uts /bin/bash -c 'hostname node0; exec "$@"' two_hosts timeout -k 5 "${CONVOKE_MPI_SECONDS:-300}" "$@"
