@@ -323,6 +323,8 @@ static void on_report(void *arg, const Convoke__Control__Report *r)
 {
     coordinator *c = arg;
     requests_workers_report(c->requests, r);
+    if (r->partial)
+        return; /* more of this step follows; the numbers come with its last part */
     pthread_mutex_lock(&c->lock);
     c->kv_free = sum_u32(r->kv_free_of_rank, r->n_kv_free_of_rank);
     c->n_running_sequences = r->n_running;
