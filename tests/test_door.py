@@ -9,6 +9,7 @@ import json
 import os
 import resource
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,8 @@ from door_client import Client, Fake, load_messages
 
 vllm, convoke, health, reflection, reflection_alpha, _, engine = load_messages()
 Code = grpc.StatusCode
-TIMEOUT = 30
+PATIENCE = float(os.environ.get("CONVOKE_TEST_PATIENCE", "1"))  # sanitizers make a server slow
+TIMEOUT = 30 * PATIENCE
 LONG = 1900  # tokens that take long enough to be interrupted, and fit into any model
 
 
@@ -72,7 +74,7 @@ class DoorTest(unittest.TestCase):
         return None
 
     def wait_finished(self, request_id, seconds=10):
-        until = time.time() + seconds
+        until = time.time() + seconds * PATIENCE
         while time.time() < until:
             r = self.summary(request_id)
             if r is None or r.finished:
@@ -389,7 +391,7 @@ class Endings(DoorTest):
         for name, call in [("deadline-unary", self.generate), ("deadline-stream", self.stream)]:
             start = time.time()
             self.fails(Code.DEADLINE_EXCEEDED, call, request(tokens=LONG, request_id=name), timeout=0.4)
-            self.assertLess(time.time() - start, 5)
+            self.assertLess(time.time() - start, 5 * PATIENCE)
             self.wait_finished(name)
 
     def test_a_lost_connection_ends_the_request(self):
@@ -607,7 +609,7 @@ class Readers(DoorTest):
         start = time.time()
         parts = list(self.stream(request("abc", 500), timeout=TIMEOUT))
         self.assertEqual(parts[-1].outputs.finish_info.num_output_tokens, 500)
-        self.assertLess(time.time() - start, 5)
+        self.assertLess(time.time() - start, 5 * PATIENCE)
         self.wait_finished("stuck", 15)
         self.fails(Code.RESOURCE_EXHAUSTED, lambda timeout: stuck)
 
@@ -646,6 +648,7 @@ def http2_frame(kind, flags, stream, payload):
     return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
 
 
+RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset, not a goodbye
 HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + http2_frame(4, 0, 0, b"")
 
 
@@ -671,7 +674,7 @@ class Connections(DoorTest):
         self.only_fake()
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        n = min(10000, hard - 500)
+        n = min(int(10000 / PATIENCE), hard - 500)
         call = self.stream(request("abc", 20000), timeout=300)  # one stream runs through it all
         next(call)
         sockets = []
@@ -688,6 +691,7 @@ class Connections(DoorTest):
             next(call)
         finally:
             for s in sockets:
+                s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)  # ten thousand ports in TIME_WAIT would be missed elsewhere
                 s.close()
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         call.cancel()
@@ -706,7 +710,7 @@ class Connections(DoorTest):
         self.assertEqual(self.generate(request("abc", 3), timeout=TIMEOUT).outputs.text, "abc")
         for i, s in enumerate(sockets):
             if i % 2:
-                s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")  # a reset, not a goodbye
+                s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
             s.close()
         self.assertEqual(self.generate(request("abc", 3), timeout=TIMEOUT).outputs.text, "abc")
 
@@ -774,7 +778,7 @@ class Stops(DoorTest):
         server.tell("quit 0.3")
         self.fails(Code.UNAVAILABLE, lambda timeout: call)
         self.assertEqual(server.stop(), 0)
-        self.assertLess(time.time() - start, 10)
+        self.assertLess(time.time() - start, 10 * PATIENCE)
         client.close()
 
     def test_a_port_in_use_is_an_error_not_a_second_server(self):
