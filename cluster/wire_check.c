@@ -16,10 +16,10 @@ static bool read_varint(wire_reader *r, uint64_t *out)
     return false;
 }
 
-bool wire_next(wire_reader *r, wire_field *field)
+static bool read_field(wire_reader *r, wire_field *field)
 {
     uint64_t tag, size = 0;
-    if (r->at == r->end || !read_varint(r, &tag) || tag >> 32)
+    if (!read_varint(r, &tag) || tag >> 32)
         return false;
     *field = (wire_field){.number = (uint32_t)(tag >> 3), .type = (int)(tag & 7)};
     switch (field->type) {
@@ -43,6 +43,15 @@ bool wire_next(wire_reader *r, wire_field *field)
     field->bytes = r->at;
     field->size = size;
     r->at += size;
+    return true;
+}
+
+bool wire_next(wire_reader *r, wire_field *field)
+{
+    wire_reader next = *r;
+    if (r->at == r->end || !read_field(&next, field))
+        return false; /* damage stays in front of the reader */
+    *r = next;
     return true;
 }
 
