@@ -381,7 +381,7 @@ static void clients_are_served_alike(void **state)
     for (int i = 0; i < w->n_jobs; i++)
         before += w->jobs[i].started_step > 0 || w->jobs[i].finished;
     for (int i = 0; i < 30; i++)
-        add_job(w, 30, 25, b); /* 80 against 30 in the counter's tokens */
+        add_job(w, 12, 60, b); /* 132 against 30 in the counter's tokens */
     double served[3] = {0};
     int from = w->n_jobs - 30;
     for (bool both = true; both;) {
@@ -394,7 +394,7 @@ static void clients_are_served_alike(void **state)
         if (w->jobs[i].n_starts)
             served[w->jobs[i].client] += w->jobs[i].n_prompt + 2 * (w->jobs[i].n_tokens - w->jobs[i].n_prompt);
     /* The bound of the paper: two times the most that can be running at once. */
-    assert_true(fabs(served[1] - served[2]) <= 2 * 4 * 80);
+    assert_true(fabs(served[1] - served[2]) <= 2 * 4 * 132);
     assert_true(served[1] > 1000 && served[2] > 1000);
     run_out(w);
     end_world(w);
@@ -428,20 +428,20 @@ static void a_large_request_is_not_overtaken_for_ever(void **state)
 {
     (void)state;
     world *w = make_world(2, 4, 8, 64, 20, false);
-    for (int i = 0; i < 8; i++)
-        add_job(w, 10, 20, plain);
+    for (int i = 0; i < 8; i++) /* places come free one by one */
+        add_job(w, 10, 8 + 4 * i, plain);
     take_step(w);
     job *large = add_job(w, 140, 15, plain);
     for (int i = 0; i < 300 && large->n_starts == 0; i++) {
         while (counters(w).n_waiting < 4 && w->n_jobs < MAX_JOBS)
-            add_job(w, 10, 20, plain);
+            add_job(w, 10, 10 + support_below(&w->random, 20), plain);
         take_step(w);
     }
     assert_int_equal(large->n_starts, 1);
     int overtook = 0;
     for (int i = (int)large->id; i < w->n_jobs; i++)
         overtook += w->jobs[i].n_starts;
-    assert_true(overtook > 0 && overtook <= 60); /* small ones used the time, on the other rank for ever */
+    assert_in_range(overtook, 16, 60); /* sixteen; then only on the other rank, while this one runs empty */
     run_out(w);
     assert_true(large->finished);
     end_world(w);
