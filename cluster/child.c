@@ -149,17 +149,11 @@ static int visit_members(pid_t session, void (*visit)(pid_t pid, pid_t session))
         if (pid <= 0 || !is_member(pid, session))
             continue;
         n++;
-        if (visit)
-            visit(pid, session);
+        visit(pid, session);
     }
     if (proc)
         closedir(proc);
     return n;
-}
-
-int child_count(const child *c)
-{
-    return visit_members(c->pid, NULL);
 }
 
 /* ---- output ---- */

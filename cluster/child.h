@@ -25,9 +25,6 @@ status child_spawn(char *const *argv, char *const *env, int stdin_fd, child *out
 bool child_has_ended(const child *c, int *exit_code);
 bool child_is_stopped(const child *c); /* SIGSTOP */
 
-/* Processes of its session that live. */
-int child_count(const child *c);
-
 typedef void child_output(void *arg, const char *bytes, size_t n);
 /* Reads what there is; false: the other side is closed. */
 bool child_read(child *c, child_output *output, void *arg);

@@ -181,6 +181,17 @@ static int ranks_here(const launch_request *r)
     return n;
 }
 
+/* Whether all ranks run on this machine: no hostfile, no scheduler that has given us others, no user who names them. */
+static bool stays_here(const launch_request *r)
+{
+    static const char *const schedulers[] = {"SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "PE_HOSTFILE"};
+    for (size_t i = 0; i < sizeof schedulers / sizeof schedulers[0]; i++)
+        if (getenv(schedulers[i]))
+            return false;
+    const char *extra = r->mpirun_args ? r->mpirun_args : "";
+    return !r->hosts && !strstr(extra, "host") && !strstr(extra, "machinefile") && !strstr(extra, "-H");
+}
+
 /* What every mpirun of ours is told; what the user's environment says already stays. */
 static void add_common_settings(text_list *env, const launch_dir *dir)
 {
@@ -202,7 +213,7 @@ static void add_settings(text_list *env, const launch_request *r, const launch_d
     add_common_settings(env, dir);
     env_set(env, "OMPI_MCA_hwloc_base_binding_policy", "none", false); /* a rank has threads; one core would hold them all */
     env_set(env, "OMPI_MCA_btl_vader_warn_missing_cma", "0", false);
-    if (ranks_here(r) > count_cores() && !getenv("SLURM_JOB_ID")) {
+    if (ranks_here(r) > count_cores() && (r->hosts || stays_here(r))) {
         env_set(env, "OMPI_MCA_rmaps_base_oversubscribe", "1", false);
         env_set(env, "OMPI_MCA_mpi_yield_when_idle", "1", false);
     }
@@ -211,7 +222,7 @@ static void add_settings(text_list *env, const launch_request *r, const launch_d
     if (dir->job)
         env_set(env, "CONVOKE_JOB", job, true);
     /* Open MPI does not make this folder on other hosts: there its segments lie in /dev/shm itself. */
-    if (dir->shm[0] && !r->hosts)
+    if (dir->shm[0] && stays_here(r))
         env_set(env, "OMPI_MCA_btl_vader_backing_directory", dir->shm, true);
 }
 
