@@ -327,7 +327,7 @@ static status converse(session *s, const char *address, const bytes_writer *prom
     read_stream(s, &end);
     if (s->accepted)
         TRY(take_up_again(s, &end));
-    if (s->terminal && s->last_byte && s->last_byte != '\n' && !s->no_reader)
+    if ((s->terminal || s->options->stats) && s->last_byte && s->last_byte != '\n' && !s->no_reader)
         fputs("\n", stdout), fflush(stdout);
     status st = judge(s, &end, address);
     if (s->n_tokens > 0 && !s->no_reader && (s->options->stats || (s->terminal && isatty(STDERR_FILENO))))

@@ -25,8 +25,8 @@ until grep -q '^ready: ' "$said"; do
 done
 cat "$said"
 address=$(sed -n 's/^ready: grpc \([^,]*\),.*/\1/p' "$said")
-prompt='Once upon a time, there was a little girl who'
-echo "ask: build/convoke generate --connect $address --max-tokens 80 --seed 1 \"$prompt\""
+prompt='Question: A farmer has 12 cows and buys 5 more. How many cows does he have?'
+echo "ask: build/convoke generate --connect $address --max-tokens 80 --seed 1 --stats \"$prompt\""
 build/convoke generate --connect "$address" --max-tokens 80 --seed 1 --stats "$prompt"
 kill -TERM $server
 wait $server
