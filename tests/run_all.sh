@@ -1,7 +1,7 @@
 #!/bin/bash
 # run_all.sh [--quick] - everything a change must pass, one line per stage, the end of the log where one fails.
 #   packages; build with warnings as errors; all tests; then, unless --quick: the tests again under AddressSanitizer and UBSan, the
-#   thread pool and the gRPC door under ThreadSanitizer, and every fuzzer for CONVOKE_FUZZ_SECONDS (20).
+#   threads of worker and coordinator under ThreadSanitizer, and every fuzzer for CONVOKE_FUZZ_SECONDS (20).
 # Builds lie in build-test, build-asan, build-tsan and build-fuzz; logs in build-test/logs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -51,7 +51,7 @@ run_tests() {
     ctest --test-dir "$1" -j "$jobs" --output-on-failure --timeout 300 "${@:2}"
 }
 
-thread_tests='thread_pool|^door'
+thread_tests='thread_pool|^door|^test_(journal|metrics|door_http|generate)$'
 
 # gcc's ThreadSanitizer does not start where the kernel randomises addresses widely: then without randomisation.
 run_thread_tests() {
@@ -97,7 +97,8 @@ if [ -z "$quick" ]; then
     stage "asan tests" run_tests build-asan
     if [ -f tests/test_thread_pool.c ]; then
         stage "tsan configure" configure build-tsan -DCONVOKE_SANITIZE=thread
-        stage "tsan build" cmake --build build-tsan --target test_thread_pool door_fake door_race
+        stage "tsan build" cmake --build build-tsan --target test_thread_pool door_fake door_race \
+            test_journal test_metrics test_door_http test_generate
         stage "tsan tests" run_thread_tests
     fi
     if command -v clang >/dev/null; then
