@@ -3,7 +3,8 @@
  * The tokenizers package uses Oniguruma with Ruby's syntax. Most of it reads the same in PCRE2 and much of that means something
  * slightly different: \s and \w hold other characters, \h and \v are other classes, {n,m}+ is no possessive quantifier, (?m) lets
  * the dot match line breaks, \p{Han} is a script there and a script extension here, and the properties come from another
- * version of Unicode. So classes are written out, what differs is rewritten, and what cannot be said the same way is refused. */
+ * version of Unicode. So classes are written out, what differs is rewritten, and what cannot be said the same way is refused.
+ * What is left: U+1171E, which Unicode 16 took out of Mn, and in \P{..} inside brackets characters newer than PCRE2. */
 #include "cluster/tokenizer_parts.h"
 #include "cluster/tokenizer_unicode.h"
 
@@ -103,6 +104,15 @@ static bool is_script(const char *name)
     return false;
 }
 
+/* The characters of the scripts in use for cutting that came after Unicode 14. */
+static const char *script_additions(const char *name)
+{
+    return strcmp(name, "Han") == 0        ? "\\x{2b739}\\x{2ebf0}-\\x{2ee5d}\\x{31350}-\\x{323af}"
+           : strcmp(name, "Hiragana") == 0 ? "\\x{1b132}"
+           : strcmp(name, "Katakana") == 0 ? "\\x{1b155}"
+                                           : "";
+}
+
 /* Behind \p or \P: "{Name}" or "{^Name}". */
 static status read_property(translation *t, char name[32], bool *negated)
 {
@@ -142,7 +152,8 @@ static status property(translation *t, bool negated, bool in_class)
     if (script) {
         put(t, "\\p{sc:");
         put(t, name);
-        put(t, strcmp(name, "Han") == 0 ? "}\\x{2b739}\\x{2ebf0}-\\x{2ee5d}\\x{31350}-\\x{323af}" : "}");
+        put(t, "}");
+        put(t, script_additions(name));
     } else {
         put_property(t, name);
     }

@@ -30,7 +30,7 @@ static bool grow(bytes_writer *w, size_t need)
 
 void *bytes_extend(bytes_writer *w, size_t n)
 {
-    if (w->failed || (w->capacity - w->size < n && !grow(w, w->size + n))) {
+    if (w->failed || ((w->capacity - w->size < n || !w->data) && !grow(w, w->size + n))) {
         w->failed = true;
         return NULL;
     }
