@@ -162,8 +162,8 @@ static void find_boundary(bpe_model *m)
         return;
     for (size_t i = 0; i < m->vocab.capacity; i++) {
         const string_entry *e = &m->vocab.entries[i];
-        const char *text = (const char *)m->vocab.bytes.data + e->at;
-        for (size_t at = 1; e->id >= 0 && at + size <= e->size; at++)
+        const char *text = e->id >= 0 ? (const char *)m->vocab.bytes.data + e->at : "";
+        for (size_t at = 1; at + size <= e->size; at++)
             if (memcmp(text + at, mark, size) == 0 && (at < size || memcmp(text + at - size, mark, size) != 0))
                 return;
     }

@@ -193,7 +193,7 @@ status string_index_reserve(string_index *index, size_t n)
     if (!entries)
         return status_fail(STATUS_NO_MEMORY, "no memory for an index of %zu tokens", n);
     for (size_t i = 0; i < capacity; i++)
-        entries[i].id = -1;
+        entries[i] = (string_entry){.id = -1};
     for (size_t i = 0; i < index->capacity; i++) {
         if (index->entries[i].id < 0)
             continue;
