@@ -578,8 +578,10 @@ static void lost_host_leaves(void **state)
     assert_string_equal(hosts, "localhost slots=1\n");
     assert_non_null(strstr(job_log_sentence(&job_events, JOB_LOADING), "equal blocks"));
     bool said = false;
+    pthread_mutex_lock(&job_events.lock);
     for (int i = 0; i < job_events.n_states; i++)
         said |= strcmp(job_events.states[i].sentence, "host 192.0.2.7 does not answer and leaves the job with its 1 rank") == 0;
+    pthread_mutex_unlock(&job_events.lock);
     assert_true(said);
     stop();
 }
