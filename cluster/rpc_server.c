@@ -1,4 +1,4 @@
-/* rpc_server.c - two threads over one completion queue.
+/* rpc_server.c - two threads over one completion queue, and a third for large requests.
  *
  * Every operation given to gRPC core has a tag; its completion is an event on the queue. Calls come by the generic
  * grpc_server_request_call() alone: a server that only waits for registered methods leaves unknown ones hanging.
@@ -6,6 +6,9 @@
  *   CALL (one has come; wait for the next) ─► RECEIVED (its message) ─► SENT, SENT, ... ─► CLOSED (always, the last of a call)
  *
  * gRPC core has no call to post an event of one's own; an empty batch does it: its tag comes back at once. That is a poke.
+ * A large request takes long to unpack and to make tokens of: `begin` runs on a thread of its own then, so that running streams
+ * do not wait for it. Large ones wait for each other.
+ *
  * Of a call's objects one reference belongs to CLOSED, and one to each operation and poke under way. */
 #include "cluster/rpc_server.h"
 #include "cluster/wire_check.h"
@@ -38,7 +41,7 @@ void __tsan_release(void *);
 #define TAKEN_OVER(tag)  (void)(tag)
 #endif
 
-enum { N_THREADS = 2, N_WAITING = 64, MAX_TRAILERS = 2 };
+enum { N_THREADS = 2, N_WAITING = 64, MAX_TRAILERS = 2, LARGE_REQUEST = 32 * 1024 };
 
 typedef enum { EVENT_CALL, EVENT_RECEIVED, EVENT_CLOSED, EVENT_SENT, EVENT_POKED, N_EVENTS } event_kind;
 
@@ -56,18 +59,20 @@ struct rpc_call {
     int cancelled; /* core writes it before CLOSED */
     event_tag tags[N_EVENTS];
     atomic_int refs;
-    atomic_bool poked;
+    atomic_bool poked, closed;
+    atomic_bool taken_in; /* waits for the third thread, or is in its hands */
 
     pthread_mutex_t lock; /* held while a handler runs; guards what follows */
     const rpc_method *method;
     void *state;
     char *peer;
-    bool begun, headers_sent, sending, finished, closed, ended, dropped;
+    bool begun, headers_sent, sending, finished, ended, dropped;
     double sending_since;
     char trailer_keys[MAX_TRAILERS][64], trailer_values[MAX_TRAILERS][64];
     int n_trailers;
 
     rpc_call *next, *previous; /* all that have come; guarded by the server's lock */
+    rpc_call *next_large;      /* likewise */
 };
 
 struct rpc_server {
@@ -77,6 +82,8 @@ struct rpc_server {
     int port;
     pthread_t threads[N_THREADS];
     int n_threads;
+    pthread_t large_thread;
+    bool has_large_thread;
     event_tag shutdown_tag;
 
     pthread_mutex_t lock;
@@ -85,6 +92,9 @@ struct rpc_server {
     int n_calls; /* objects alive, those waiting for a client included */
     bool shut_down;
     double scanned;
+    rpc_call *large, **large_end; /* calls with large requests, in the order they came */
+    pthread_cond_t large_came;
+    bool large_stop;
     atomic_int n_live; /* calls in the list: while there are any, threads wake to look for readers that stopped */
 #ifdef RPC_PLANT_RACE
     long n_events; /* counted without a lock, so that a ThreadSanitizer run can show that it would be reported */
@@ -316,7 +326,7 @@ static void call_receive(rpc_call *c)
 /* After a handler has run. */
 static void call_settle(rpc_call *c)
 {
-    if (c->begun && !c->ended && (c->finished || c->closed)) {
+    if (c->begun && !c->ended && (c->finished || atomic_load(&c->closed))) {
         c->ended = true;
         if (c->method->end)
             c->method->end(c);
@@ -325,7 +335,7 @@ static void call_settle(rpc_call *c)
 
 static void call_pump(rpc_call *c)
 {
-    if (c->begun && !c->sending && !c->finished && !c->closed && c->method->pump)
+    if (c->begun && !c->sending && !c->finished && !atomic_load(&c->closed) && c->method->pump)
         c->method->pump(c);
     call_settle(c);
 }
@@ -405,28 +415,91 @@ static void call_begin(rpc_call *c)
     grpc_slice_unref(bytes);
 }
 
+static void call_take_in(rpc_call *c)
+{
+    if (!c->finished && !atomic_load(&c->closed))
+        call_begin(c);
+    grpc_byte_buffer_destroy(c->received);
+    c->received = NULL;
+    call_pump(c);
+}
+
+static void call_give_to_large(rpc_call *c)
+{
+    rpc_server *s = c->server;
+    rpc_call_hold(c);
+    atomic_store(&c->taken_in, true);
+    pthread_mutex_lock(&s->lock);
+    *s->large_end = c;
+    s->large_end = &c->next_large;
+    pthread_cond_signal(&s->large_came);
+    pthread_mutex_unlock(&s->lock);
+}
+
+static void *serve_large(void *arg)
+{
+    rpc_server *s = arg;
+    pthread_mutex_lock(&s->lock);
+    for (;;) {
+        rpc_call *c = s->large;
+        if (!c && s->large_stop)
+            break;
+        if (!c) {
+            pthread_cond_wait(&s->large_came, &s->lock);
+            continue;
+        }
+        s->large = c->next_large;
+        if (!s->large)
+            s->large_end = &s->large;
+        pthread_mutex_unlock(&s->lock);
+        pthread_mutex_lock(&c->lock);
+        call_take_in(c);
+        pthread_mutex_unlock(&c->lock);
+        atomic_store(&c->taken_in, false);
+        if (atomic_load(&c->closed)) { /* on_closed() may have left the end to us */
+            pthread_mutex_lock(&c->lock);
+            call_settle(c);
+            pthread_mutex_unlock(&c->lock);
+        }
+        rpc_call_release(c);
+        pthread_mutex_lock(&s->lock);
+    }
+    pthread_mutex_unlock(&s->lock);
+    return NULL;
+}
+
 static void on_received(rpc_call *c)
 {
-    if (c->closed || c->finished)
+    if (atomic_load(&c->closed) || c->finished)
         return;
-    if (c->received) {
-        call_begin(c);
-        grpc_byte_buffer_destroy(c->received);
-        c->received = NULL;
-    } else if (grpc_call_failed_before_recv_message(c->call)) {
+    if (c->received && grpc_byte_buffer_length(c->received) > LARGE_REQUEST)
+        call_give_to_large(c);
+    else if (c->received)
+        call_take_in(c);
+    else if (grpc_call_failed_before_recv_message(c->call))
         return; /* core refused it (too large) or the client is gone: CLOSED follows */
-    } else if (c->method->client_streams) {
+    else if (c->method->client_streams)
         rpc_call_finish(c, RPC_OK, NULL);
-    } else {
+    else
         rpc_call_finish(c, RPC_INVALID_ARGUMENT, "there is no request message");
-    }
-    call_pump(c);
+}
+
+/* The third thread may hold the call for long: what it finds closed afterwards it ends itself. */
+static void on_closed(rpc_call *c)
+{
+    atomic_store(&c->closed, true);
+    if (!atomic_load(&c->taken_in))
+        pthread_mutex_lock(&c->lock);
+    else if (pthread_mutex_trylock(&c->lock))
+        return;
+    call_settle(c);
+    pthread_mutex_unlock(&c->lock);
 }
 
 static void on_sent(rpc_call *c)
 {
     c->sending = false;
-    if (c->method && c->method->client_streams && !c->finished && !c->closed)
+    if (c->method && c->method->client_streams && !c->finished && !atomic_load(&c->closed))
         call_receive(c);
     call_pump(c);
 }
@@ -440,17 +513,18 @@ static void handle(rpc_server *s, event_tag *tag, bool success)
     }
     if (tag->kind == EVENT_POKED)
         atomic_store(&c->poked, false); /* before the pump: what comes after it began pokes again */
-    pthread_mutex_lock(&c->lock);
-    if (tag->kind == EVENT_RECEIVED) {
-        on_received(c);
-    } else if (tag->kind == EVENT_SENT) {
-        on_sent(c);
-    } else if (tag->kind == EVENT_POKED) {
-        call_pump(c);
-    } else {
-        c->closed = true;
-        call_settle(c);
+    if (tag->kind == EVENT_CLOSED) {
+        on_closed(c);
+        rpc_call_release(c);
+        return;
     }
+    pthread_mutex_lock(&c->lock);
+    if (tag->kind == EVENT_RECEIVED)
+        on_received(c);
+    else if (tag->kind == EVENT_SENT)
+        on_sent(c);
+    else
+        call_pump(c);
     pthread_mutex_unlock(&c->lock);
     rpc_call_release(c);
 }
@@ -465,7 +539,7 @@ static void server_scan(rpc_server *s)
         for (rpc_call *c = s->calls; c; c = c->next) {
             if (pthread_mutex_trylock(&c->lock))
                 continue; /* it is doing something */
-            if (c->sending && !c->closed && !c->dropped && now - c->sending_since > limit) {
+            if (c->sending && !atomic_load(&c->closed) && !c->dropped && now - c->sending_since > limit) {
                 c->dropped = true;
                 log_line("%s: client %s has taken nothing for %.0f s and is dropped", rpc_call_path(c), rpc_call_peer(c), limit);
                 grpc_call_cancel_with_status(c->call, GRPC_STATUS_RESOURCE_EXHAUSTED, "the client stopped reading", NULL);
@@ -609,7 +683,9 @@ status rpc_server_start(const rpc_options *options, rpc_server **out)
     if (!s)
         return status_fail(STATUS_NO_MEMORY, "out of memory");
     s->options = *options;
+    s->large_end = &s->large;
     pthread_mutex_init(&s->lock, NULL);
+    pthread_cond_init(&s->large_came, NULL);
     pthread_condattr_t monotonic;
     pthread_condattr_init(&monotonic);
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
@@ -629,6 +705,11 @@ status rpc_server_start(const rpc_options *options, rpc_server **out)
         st = status_fail(STATUS_IO, "gRPC: cannot listen on %s", options->address);
         goto fail;
     }
+    if (pthread_create(&s->large_thread, NULL, serve_large, s)) {
+        st = status_fail(STATUS_NO_MEMORY, "gRPC: cannot start a thread");
+        goto fail;
+    }
+    s->has_large_thread = true;
     grpc_server_start(s->server);
     for (int i = 0; i < N_WAITING; i++)
         call_wait_for_one(s);
@@ -697,9 +778,17 @@ void rpc_server_stop(rpc_server *s, double drain_seconds)
         server_shut_down(s, drain_seconds);
         grpc_server_destroy(s->server);
     }
+    if (s->has_large_thread) {
+        pthread_mutex_lock(&s->lock);
+        s->large_stop = true;
+        pthread_cond_signal(&s->large_came);
+        pthread_mutex_unlock(&s->lock);
+        pthread_join(s->large_thread, NULL);
+    }
     if (s->queue)
         grpc_completion_queue_destroy(s->queue);
     grpc_shutdown();
+    pthread_cond_destroy(&s->large_came);
     pthread_cond_destroy(&s->changed);
     pthread_mutex_destroy(&s->lock);
     free(s);

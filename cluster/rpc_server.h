@@ -6,8 +6,9 @@
  *
  * A call's life: begin (its request has come) ─► pump (again and again, whenever it may speak) ─► end (always, once).
  * Handlers of one call never run at the same time, of different calls they do; they must not block for long: two threads serve
- * everybody. At most one answer is under way per call: the next pump comes when the transport has taken it, and that is all the
- * back-pressure there is. A client that goes away, or whose deadline passes, ends the call. */
+ * everybody (only `begin` of a large request has a thread of its own). At most one answer is under way per call: the next pump
+ * comes when the transport has taken it, and that is all the back-pressure there is. A client that goes away, or whose deadline
+ * passes, ends the call. */
 #ifndef CONVOKE_CLUSTER_RPC_SERVER_H
 #define CONVOKE_CLUSTER_RPC_SERVER_H
 

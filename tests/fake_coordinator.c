@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 enum { MAX_SEQUENCES = 16, VOCAB = 256, REMEMBERED = 256 };
 
@@ -390,6 +391,8 @@ static void forget_old(coordinator *c)
 refusal_kind requests_open(requests *all, const request_wish *wish, request **out, refusal *why)
 {
     coordinator *c = all->c;
+    if (wish->has_text && wish->text_size > 4 && memcmp(wish->text, "slow", 4) == 0)
+        usleep(700000); /* as a tokenizer over a very long text */
     pthread_mutex_lock(&c->lock);
     refusal_kind kind = check(c, wish, why);
     if (kind == REFUSAL_NONE) {

@@ -2,7 +2,8 @@
  *
  * A token is a byte. The model says its prompt again and again; sequence k begins k bytes later. Token i of an output has logprob
  * -(i % 8) / 4 and rank 1 + i % 3; its candidates are the next ids, half a unit apart. Id 0 is the end of text. A prompt that
- * begins with "fail" fails after three tokens; text is shown when a character is whole. */
+ * begins with "fail" fails after three tokens, one with "slow" takes 0.7 s to be accepted; text is shown when a character is
+ * whole. */
 #ifndef CONVOKE_TESTS_FAKE_COORDINATOR_H
 #define CONVOKE_TESTS_FAKE_COORDINATOR_H
 

@@ -719,6 +719,23 @@ class Connections(DoorTest):
         texts = {"".join(p.outputs.text for p in call) for call in calls}
         self.assertEqual(len(texts), 1)
 
+    def test_large_requests_delay_no_others(self):
+        self.only_fake()
+        slow = request("slow" + "x" * 200_000, 2)
+        early = self.stream(slow, timeout=0.3)  # its deadline passes while it is being accepted
+        calls = [self.generate.future(slow, timeout=60) for _ in range(4)] + [self.stream(slow, timeout=60)]
+        gone = self.stream(slow, timeout=0.2)  # and this one's while it waits
+        start, worst = time.time(), 0
+        while time.time() - start < 2:
+            before = time.time()
+            self.generate(request("abc", 3), timeout=TIMEOUT)
+            worst = max(worst, time.time() - before)
+        self.assertLess(worst, 0.5 * PATIENCE)
+        self.assertEqual([c.result().outputs.text for c in calls[:4]], ["sl"] * 4)
+        self.assertEqual("".join(p.outputs.text for p in calls[4]), "sl")
+        for call in [early, gone]:
+            self.fails(Code.DEADLINE_EXCEEDED, lambda timeout, call=call: call)
+
     def test_calls_that_come_and_go_from_many_threads(self):
         errors = []
 
