@@ -35,18 +35,24 @@ class Gateway(unittest.TestCase):
         cls.process = subprocess.Popen([os.path.join(os.path.dirname(sys.executable), "smg"), "launch", "--worker-urls", "grpc://" + cls.address,
                                         "--host", "127.0.0.1", "--port", str(port), "--prometheus-host", "127.0.0.1", "--prometheus-port",
                                         str(metrics)], stdout=cls.log, stderr=cls.log, cwd=tempfile.gettempdir())
-        until = time.time() + 60
         cls.model = None
+        until = time.time() + 60
         while not cls.model and time.time() < until and cls.process.poll() is None:
             time.sleep(0.2)
-            try:
-                models = json.load(urllib.request.urlopen(cls.url + "/v1/models", timeout=5))["data"]
-                cls.model = models[0]["id"] if models else None
-            except (OSError, ValueError):
-                pass
+            cls.model = cls.ready_model()
         if not cls.model:
             cls.tearDownClass()
-            raise AssertionError("the gateway does not know our model")
+            raise AssertionError("the gateway does not serve our model")
+
+    @classmethod
+    def ready_model(cls):
+        """The model's name once it can be asked: the gateway lists it before it has its tokenizer."""
+        try:
+            name = json.load(urllib.request.urlopen(cls.url + "/v1/models", timeout=5))["data"][0]["id"]
+            cls.post(cls, "/v1/completions", model=name, prompt=PROMPT, max_tokens=1)
+            return name
+        except (OSError, ValueError, IndexError):
+            return None
 
     @classmethod
     def tearDownClass(cls):
