@@ -19,7 +19,7 @@ enum {
  * times what its decoding rows take alone; but prompts never get so few rows that they take more than so many times as long as
  * on an idle machine. */
 #define ADAPTIVE_STEP 1.7
-#define MOST_SLOWDOWN 2.7
+#define MOST_SLOWDOWN 2.5
 #define NO_BUDGET     1e8 /* seconds: whoever says so wants the whole chunk */
 #define PROMPT_CHARGE 1.0
 #define TOKEN_CHARGE  2.0

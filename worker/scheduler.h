@@ -21,7 +21,7 @@
  *
  * Rows: every decoding sequence gets its one. Prompts get rows as long as the step is expected to stay within the budget
  * (step_cost.h), the same limit on every rank; with nobody decoding, as many as fit. The budget chosen here is 1.7 times the step
- * of the decoding rows alone, or what it takes that a prompt needs at most 2.7 times as long as on an idle machine. On a rank
+ * of the decoding rows alone, or what it takes that a prompt needs at most 2.5 times as long as on an idle machine. On a rank
  * half of the prompt rows go to the best prompt (priority, then age), so that none starves, and half to the shortest, so that a
  * question of ten tokens does not wait for a book.
  *
