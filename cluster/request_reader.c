@@ -7,6 +7,23 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define TEXT_NOT_YET SIZE_MAX /* the sequence has not come to the reader's first token yet */
+
+/* ---- where a reader is ------------------------------------------------------------------------------------------------------
+ */
+
+/* A client may know more than we do: the last tokens it saw need not have reached the journal of a coordinator that was killed.
+ * They come again, the same ones, and are not for this reader. */
+static void place_in_sequence(reader *d, int i, int from)
+{
+    const sequence_output *o = &d->request->sequences[i].out;
+    bool later = from > o->n_tokens && o->finish == FINISH_NONE;
+    if (from > o->n_tokens && !later)
+        from = o->n_tokens;
+    d->token_place[i] = from;
+    d->text_place[i] = later ? TEXT_NOT_YET : from > 0 ? o->shown_after[from - 1] : 0;
+}
+
 /* ---- is there news --------------------------------------------------------------------------------------------------------- */
 
 bool request_prompt_ready(const request *r)
@@ -15,13 +32,17 @@ bool request_prompt_ready(const request *r)
     return !s->prompt_logprobs || r->n_prompt_done == (int)s->n_tokens || r->n_finished == r->n_sequences;
 }
 
-static bool has_news(const reader *d, int i)
+static bool has_news(reader *d, int i)
 {
     const sequence_output *o = &d->request->sequences[i].out;
+    if (d->text_place[i] == TEXT_NOT_YET)
+        place_in_sequence(d, i, d->token_place[i]);
+    if (d->text_place[i] == TEXT_NOT_YET)
+        return false;
     return !d->finish_sent[i] && (o->finish != FINISH_NONE || d->token_place[i] < o->n_tokens || d->text_place[i] < o->shown);
 }
 
-static int find_news(const reader *d)
+static int find_news(reader *d)
 {
     const request *r = d->request;
     if (!request_prompt_ready(r))
@@ -128,13 +149,8 @@ static status create(request *r, reader **out)
 
 static void place_reader(reader *d, int from_token)
 {
-    const request *r = d->request;
-    for (int i = 0; i < r->n_sequences; i++) {
-        const sequence_output *o = &r->sequences[i].out;
-        int from = from_token < o->n_tokens ? from_token : o->n_tokens;
-        d->token_place[i] = from;
-        d->text_place[i] = from > 0 ? o->shown_after[from - 1] : 0;
-    }
+    for (int i = 0; i < d->request->n_sequences; i++)
+        place_in_sequence(d, i, from_token);
     d->prompt_sent = from_token > 0;
 }
 

@@ -150,8 +150,8 @@ typedef struct {
 
 typedef struct reader reader;
 /* wake(arg) is called once after reader_take() has said false, as soon as there is something; from any thread, also from within
- * reader_open(). from_token: output already known to the client (of every sequence). owns: the request is cancelled when
- * this reader closes before the end, and dropped when it does not read for long. */
+ * reader_open(). from_token: output already known to the client (of every sequence); it may be more than has come here yet.
+ * owns: the request is cancelled when this reader closes before the end, and dropped when it does not read for long. */
 status reader_open(request *r, int from_token, bool owns, void (*wake)(void *arg), void *arg, reader **out);
 /* False: nothing now; wake will be called. After every sequence has delivered its finish: *done. */
 bool reader_take(reader *reader, output_piece *piece, bool *done);

@@ -310,6 +310,44 @@ static void attach(void **state)
     finish(f);
 }
 
+/* After a coordinator was killed a client may know tokens that the journal does not: they come a second time, but not to it. */
+static void ahead_of_the_journal(void **state)
+{
+    (void)state;
+    fixture *f = start();
+    request_wish w = wish_of("a");
+    request *r = open_request(f, &w);
+    say_token(f, f->sent[0].id, 21);
+    reader *d = open_reader(f, r, 3, false), *far = open_reader(f, r, 1000, false);
+    nothing_there(d, false);
+    say_token(f, f->sent[0].id, 22);
+    say_token(f, f->sent[0].id, 23);
+    nothing_there(d, false);
+    say_token(f, f->sent[0].id, 24);
+    output_piece p = take(d);
+    assert_false(p.has_prompt);
+    assert_int_equal(p.first_token, 3);
+    assert_int_equal(p.n_tokens, 1);
+    assert_int_equal(p.tokens[0].token, 24);
+    assert_int_equal(f->wakes, 1);
+    nothing_there(d, false);
+    nothing_there(far, false);
+    say_token(f, f->sent[0].id, 7);
+    say_finished(f, f->sent[0].id, CONVOKE__CONTROL__FINISH__STOP);
+    p = take(far); /* it never got that far: only its end is to be told */
+    assert_int_equal(p.n_tokens, 0);
+    assert_int_equal(p.text_size, 0);
+    assert_int_equal(p.finish, FINISH_EOS);
+    nothing_there(far, true);
+    p = take(d);
+    assert_int_equal(p.first_token, 4);
+    assert_int_equal(p.finish, FINISH_EOS);
+    reader_close(d);
+    reader_close(far);
+    request_release(r);
+    finish(f);
+}
+
 static void linger(void **state)
 {
     (void)state;
@@ -619,6 +657,7 @@ int main(void)
         {"lost workers: what is unfinished goes on from its last token, and the dead are not heard", lost_workers, NULL, NULL,
          NULL},
         {"a second reader attaches at any token; only the owner's leaving ends the request", attach, NULL, NULL, NULL},
+        {"a reader that knows more than has come here gets what follows, nothing twice", ahead_of_the_journal, NULL, NULL, NULL},
         {"a lingering request waits for a reader to come back", linger, NULL, NULL, NULL},
         {"what can never be right is refused with its field and its numbers", refusals, NULL, NULL, NULL},
         {"two live requests never share an id", same_id, NULL, NULL, NULL},
