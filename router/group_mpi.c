@@ -67,6 +67,54 @@ static status start_mpi(group *g, int *argc, char ***argv)
     return STATUS_OK;
 }
 
+/* ---- what Open MPI keeps in /dev/shm ---- */
+
+typedef struct {
+    char (*paths)[300]; /* [capacity] of the files of segments that this process has mapped */
+    int n, capacity;
+} segment_list;
+
+static void note_segment(segment_list *l, char *line)
+{
+    char *path = strchr(line, '/');
+    if (!path || (!strstr(path, "/vader_segment.") && !strstr(path, "/sm_segment.")))
+        return;
+    path[strcspn(path, "\n")] = '\0';
+    for (int i = 0; i < l->n; i++)
+        if (strcmp(l->paths[i], path) == 0)
+            return;
+    if (l->n < l->capacity && strlen(path) < sizeof l->paths[0])
+        strcpy(l->paths[l->n], path);
+    l->n++; /* also what does not fit: then the number is wrong, and nothing is done */
+}
+
+static void find_segments(segment_list *l)
+{
+    FILE *maps = fopen("/proc/self/maps", "re");
+    char line[1024];
+    while (maps && fgets(line, sizeof line, maps))
+        note_segment(l, line);
+    if (maps)
+        fclose(maps);
+}
+
+/* Open MPI's segments are files that stay when a rank and its daemon are killed: many megabytes with each lost launch, on every
+ * host. They lose their names as soon as all ranks of the machine have mapped them all, which MPI_Init has seen to. */
+static status forget_segments(group *g, MPI_Comm machine)
+{
+    int n = 0, complete = 0, all_complete = 0;
+    TRY_MPI(g->rank, MPI_Comm_size, (machine, &n));
+    segment_list l = {.paths = calloc((size_t)n, sizeof *l.paths), .capacity = n};
+    if (l.paths)
+        find_segments(&l);
+    complete = l.n == n;
+    int error = MPI_Allreduce(&complete, &all_complete, 1, MPI_INT, MPI_MIN, machine);
+    for (int i = 0; i < n && error == MPI_SUCCESS && all_complete; i++)
+        unlink(l.paths[i]); /* another rank may have been first */
+    free(l.paths);
+    return error == MPI_SUCCESS ? STATUS_OK : group_mpi_failed(g->rank, "MPI_Allreduce", error);
+}
+
 static status introduce(group *g, introduction *all)
 {
     introduction me = {.pid = (int)getpid()};
@@ -77,6 +125,7 @@ static status introduce(group *g, introduction *all)
     TRY_MPI(g->rank, MPI_Comm_split_type, (g->links->world, MPI_COMM_TYPE_SHARED, g->rank, MPI_INFO_NULL, &machine));
     me.machine = g->rank;
     TRY_MPI(g->rank, MPI_Bcast, (&me.machine, 1, MPI_INT, 0, machine));
+    TRY(forget_segments(g, machine));
     TRY_MPI(g->rank, MPI_Comm_free, (&machine));
     TRY_MPI(g->rank, MPI_Allgather, (&me, sizeof me, MPI_BYTE, all, sizeof me, MPI_BYTE, g->links->world));
     return STATUS_OK;
