@@ -21,6 +21,22 @@ static bool is_of_mpirun(const char *line)
     return colon && colon < end && strspn(colon + 1, "0123456789") == (size_t)(end - colon - 1) && end > colon + 1;
 }
 
+/* What mpirun only says of its own announcements. */
+static bool is_noise(const char *line)
+{
+    return is_of_mpirun(line) && (strstr(line, " sent help message ") || strstr(line, "orte_base_help_aggregate"));
+}
+
+/* "ORTE has lost communication with a remote daemon", a few lines further "Remote daemon: [[3735,0],1] on node node1" */
+static void note_lost_host(chatter *c)
+{
+    const char *on = strstr(c->line, " on node ");
+    if (strstr(c->line, "lost communication with a remote daemon"))
+        c->lost_host = true;
+    else if (c->lost_host && !c->lost_name[0] && on && strstr(c->line, "Remote daemon:"))
+        snprintf(c->lost_name, sizeof c->lost_name, "%.*s", (int)sizeof c->lost_name - 1, on + strlen(" on node "));
+}
+
 /* Words of a line joined by single blanks, behind what is there. */
 static void append_words(char *to, size_t size, const char *line)
 {
@@ -50,10 +66,10 @@ static void end_line(chatter *c, chatter_line *line, void *arg)
             c->banner_complete = true;
         c->in_banner = !c->in_banner;
     } else if (c->in_banner) {
-        c->lost_host |= strstr(c->line, "lost communication with a remote daemon") != NULL;
+        note_lost_host(c);
         if (!c->banner_complete)
             append_words(c->banner, sizeof c->banner, c->line);
-    } else if (c->line[0] && !(c->ending && is_of_mpirun(c->line))) {
+    } else if (c->line[0] && !is_noise(c->line) && !(c->ending && is_of_mpirun(c->line))) {
         if (!is_of_mpirun(c->line))
             snprintf(c->last_words, sizeof c->last_words, "%.*s", (int)sizeof c->last_words - 1, c->line);
         line(arg, c->line);

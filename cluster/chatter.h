@@ -14,6 +14,7 @@ typedef struct {
     bool banner_complete; /* its closing frame was seen */
     char last_words[512]; /* the last line of a worker */
     bool lost_host;       /* mpirun said that the daemon of a host is gone */
+    char lost_name[256];  /* which, as mpirun calls it; "": it did not say */
     bool ending;          /* the job's end is known: mpirun's own words about it are dropped */
 } chatter;
 

@@ -190,11 +190,12 @@ static void stranger_close(stranger *x)
     *x = (stranger){.fd = -1};
 }
 
-static void send_refusal(control_server *s, int fd, const char *reason)
+static void send_refusal(control_server *s, int fd, const char *reason, bool later)
 {
     Convoke__Control__Refusal refusal = CONVOKE__CONTROL__REFUSAL__INIT;
     Convoke__Control__ToLeader message = CONVOKE__CONTROL__TO_LEADER__INIT;
     refusal.reason = (char *)reason;
+    refusal.later = later;
     message.kind_case = CONVOKE__CONTROL__TO_LEADER__KIND_REFUSAL;
     message.refusal = &refusal;
     bytes_reset(&s->scratch);
@@ -204,10 +205,24 @@ static void send_refusal(control_server *s, int fd, const char *reason)
     }
 }
 
-/* Closing at once with bytes unread would reset the connection and take the reason away from the peer: it gets a moment. */
-static void stranger_refuse(control_server *s, stranger *x, const char *reason)
+static void tell_refused(const control_server *s, int fd, const char *why)
 {
-    send_refusal(s, x->fd, reason);
+    struct sockaddr_storage from;
+    socklen_t size = sizeof from;
+    char host[256] = "", port[8] = "", peer[280] = "a peer that has left";
+    if (!s->listener->refused)
+        return;
+    if (getpeername(fd, (struct sockaddr *)&from, &size) == 0 &&
+        getnameinfo((struct sockaddr *)&from, size, host, sizeof host, port, sizeof port, NI_NUMERICHOST | NI_NUMERICSERV) == 0)
+        write_address(peer, host, port);
+    s->listener->refused(s->arg, peer, why);
+}
+
+/* Closing at once with bytes unread would reset the connection and take the reason away from the peer: it gets a moment. */
+static void stranger_refuse(control_server *s, stranger *x, const char *reason, bool later)
+{
+    tell_refused(s, x->fd, reason);
+    send_refusal(s, x->fd, reason, later);
     shutdown(x->fd, SHUT_WR);
     frame_reader_clear(&x->in);
     x->state = STRANGER_REFUSED;
@@ -258,11 +273,13 @@ static bool has_leader(control_server *s)
     return has;
 }
 
-/* NULL when this Hello makes a leader, else why not. The secret comes first: who has none learns nothing else. */
-static const char *judge_hello(control_server *s, const Convoke__Control__Hello *hello)
+/* NULL when this Hello makes a leader, else why not; *later: it may come again. The secret comes first: who has none learns
+ * nothing else. */
+static const char *judge_hello(control_server *s, const Convoke__Control__Hello *hello, bool *later)
 {
     static _Thread_local char why[1100];
     bool known = control_secret_equal(&s->secret, hello->secret.data, hello->secret.len);
+    *later = !s->expecting;
     if (!s->expecting || !known)
         return s->expecting ? "wrong secret" : "no workers are expected now";
     if (hello->protocol != CONTROL_PROTOCOL) {
@@ -270,7 +287,8 @@ static const char *judge_hello(control_server *s, const Convoke__Control__Hello 
                  CONVOKE_VERSION, CONTROL_PROTOCOL);
         return why;
     }
-    if (has_leader(s))
+    *later = has_leader(s);
+    if (*later)
         return "this job has a leader already";
     if (hello->n_ranks < 1 || hello->n_node_of_rank != hello->n_ranks || hello->n_host_of_rank != hello->n_ranks ||
         hello->n_pid_of_rank != hello->n_ranks)
@@ -300,13 +318,14 @@ static void meet(control_server *s, stranger *x, const void *payload, size_t siz
 {
     Convoke__Control__ToCoordinator *m = NULL;
     const char *why = NULL;
+    bool later = false;
     if (control_get_to_coordinator(payload, size, &m) != STATUS_OK ||
         m->kind_case != CONVOKE__CONTROL__TO_COORDINATOR__KIND_HELLO)
         why = "a Hello was expected";
     else
-        why = judge_hello(s, m->hello);
+        why = judge_hello(s, m->hello, &later);
     if (why) {
-        stranger_refuse(s, x, why);
+        stranger_refuse(s, x, why, later);
     } else {
         become_leader(s, x);
         if (s->listener->joined(s->arg, m->hello))
@@ -314,6 +333,7 @@ static void meet(control_server *s, stranger *x, const void *payload, size_t siz
         else {
             char reason[1024];
             snprintf(reason, sizeof reason, "%s", status_message());
+            tell_refused(s, s->leader_fd, reason);
             control_server_drop_leader(s, reason);
         }
     }
@@ -341,7 +361,7 @@ static void stranger_read(control_server *s, stranger *x)
     const void *payload;
     size_t size;
     if (frame_reader_next(&x->in, &payload, &size) != STATUS_OK)
-        stranger_refuse(s, x, status_message());
+        stranger_refuse(s, x, status_message(), false);
     else if (payload)
         meet(s, x, payload, size);
 }
@@ -353,7 +373,7 @@ static void end_overdue(control_server *s, double now)
         if (x->state == STRANGER_FREE || now < x->deadline)
             continue;
         if (x->state == STRANGER_SILENT)
-            stranger_refuse(s, x, "no Hello in time");
+            stranger_refuse(s, x, "no Hello in time", false);
         else
             stranger_close(x);
     }
@@ -390,7 +410,7 @@ void control_server_drop_leader(control_server *s, const char *reason)
     if (!has_leader(s))
         return;
     if (reason) {
-        send_refusal(s, s->leader_fd, reason);
+        send_refusal(s, s->leader_fd, reason, false);
         shutdown(s->leader_fd, SHUT_WR);
     }
     close_leader(s);

@@ -2,6 +2,7 @@
  *
  *   listening socket ─► strangers (few, small frames, 10 s) ─ Hello ─► the leader: one, frames in, frames out
  *                            └─ wrong secret, wrong protocol, a second leader, garbage ─► Refusal with a reason, closed
+ *                               (a second leader with the right secret may ask again: the first one's end may not be known yet)
  *
  * One thread (the job's) calls everything but control_server_send(), which any thread may call at any time. Nothing blocks:
  * control_server_fd() becomes readable when control_server_step() has something to do. */
@@ -19,6 +20,8 @@ typedef struct {
     /* The leader is gone: closed by itself or by the network, or (refused) by us because of what it said. Not after
      * control_server_drop_leader(). */
     void (*lost)(void *arg, bool refused, const char *why);
+    /* Somebody was turned away; peer is "ADDRESS:PORT". NULL is fine. */
+    void (*refused)(void *arg, const char *peer, const char *why);
 } control_listener;
 
 /* address HOST:PORT (host empty: all addresses; port 0: a free one). */

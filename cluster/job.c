@@ -3,6 +3,7 @@
 #include "cluster/launch_dir.h"
 #include "proto/clock.h"
 #include "proto/frame.h"
+#include "proto/log.h"
 
 #include <errno.h>
 #include <math.h>
@@ -12,6 +13,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
@@ -19,7 +21,9 @@
 #define LOOK_SECONDS  0.5  /* how often is looked for what nobody tells */
 #define LAST_WORD     0.1  /* after the first sign of a loss: somebody may know better and be about to say so */
 #define STOP_SECONDS  5.0  /* workers end in order in this time, or for certain */
-#define PROBE_SECONDS 10.0
+#define PROBE_SECONDS 10.0 /* a host that does not start a process in this time is lost; less where whole launches take less */
+#define PROBE_MIN     3.0
+#define SAY_AGAIN     60.0              /* those who are turned away for the same reason are logged this often */
 #define SUBMIT_BYTES  ((size_t)1 << 20) /* about the size of one Submit, so that no frame grows out of bounds */
 
 static void say(job *j, job_state state, const char *format, ...) __attribute__((format(printf, 3, 4)));
@@ -86,16 +90,27 @@ static rank_name name_rank(const launch_life *life, int rank)
     return name;
 }
 
-/* Who has been silent for longest by the last Beat: ", rank 1 (...) was last heard 12.3 s ago", or nothing. */
-static rank_name name_most_silent(const launch_life *life, double now)
+/* "node0" and "node0.cluster" are one machine. */
+static bool same_host(const char *a, const char *b)
+{
+    size_t n = strcspn(a, "."), m = strcspn(b, ".");
+    return strcasecmp(a, b) == 0 || ((!a[n] || !b[m]) && n == m && strncasecmp(a, b, n) == 0);
+}
+
+/* Who has been silent for longest by the last Beat, of a host's ranks (NULL: of all):
+ * "; rank 1 (...) was last heard 12.3 s ago", or nothing. */
+static rank_name name_most_silent(const launch_life *life, const char *host, double now)
 {
     rank_name out = {""};
-    int worst = 0;
+    int worst = -1;
     if (!life->hello || life->beat == 0)
         return out;
-    for (unsigned r = 1; r < life->hello->n_ranks; r++)
-        if (life->silent_ms[r] > life->silent_ms[worst])
-            worst = (int)r;
+    for (int r = 0; r < (int)life->hello->n_ranks; r++)
+        if ((!host || same_host(life->hello->host_of_rank[r], host)) &&
+            (worst < 0 || life->silent_ms[r] > life->silent_ms[worst]))
+            worst = r;
+    if (worst < 0)
+        return out;
     snprintf(out.text, sizeof out.text, "; %.400s was last heard %.1f s ago", name_rank(life, worst).text,
              life->silent_ms[worst] * 1e-3 + (now - life->beat));
     return out;
@@ -105,7 +120,7 @@ static void lose_by_verdict(job *j, supervision_verdict verdict, double now)
 {
     const launch_life *life = &j->life;
     const supervision *w = &life->watch;
-    rank_name silent = name_most_silent(life, now);
+    rank_name silent = name_most_silent(life, NULL, now);
     switch (verdict) {
     case SUPERVISION_FINE:
         return;
@@ -188,10 +203,12 @@ static bool on_joined(void *arg, const Convoke__Control__Hello *hello)
         note_loss(j, CLUE_SILENCE, "%s", status_message());
         return false;
     }
-    if (life->launcher)
-        launcher_watch(life->launcher, hello);
     life->watch.phase = PHASE_LOADING;
     life->watch.heard = life->watch.progressed = clock_seconds();
+    if (life->launcher) {
+        launcher_watch(life->launcher, hello);
+        j->longest_start = fmax(j->longest_start, life->watch.heard - life->watch.launched);
+    }
     j->n_ranks = (int)hello->n_ranks;
     int n_hosts = count_hosts(hello);
     say(j, JOB_LOADING, "%d rank%s on %d host%s joined%s%s", j->n_ranks, j->n_ranks == 1 ? "" : "s", n_hosts,
@@ -249,6 +266,15 @@ static void on_beat(job *j, const Convoke__Control__Beat *beat)
         life->silent_ms[r] = beat->silent_ms_of_rank[r];
 }
 
+static void on_goodbye(job *j, const Convoke__Control__Goodbye *bye)
+{
+    if (j->life.stopping)
+        return;
+    /* A SIGTERM to the ranks is mostly mpirun's, for a reason that it, or somebody else, is about to tell. */
+    bool told = strncmp(bye->reason, "told to stop", strlen("told to stop")) == 0;
+    note_loss(j, told ? CLUE_RANK_DIED : CLUE_GOODBYE, "%s ended the job: %s", name_rank(&j->life, bye->rank).text, bye->reason);
+}
+
 static void on_message(void *arg, const Convoke__Control__ToCoordinator *m)
 {
     job *j = arg;
@@ -267,8 +293,7 @@ static void on_message(void *arg, const Convoke__Control__ToCoordinator *m)
         on_beat(j, m->beat);
         return;
     case CONVOKE__CONTROL__TO_COORDINATOR__KIND_GOODBYE:
-        if (!j->life.stopping)
-            note_loss(j, CLUE_GOODBYE, "%s ended the job: %s", name_rank(&j->life, m->goodbye->rank).text, m->goodbye->reason);
+        on_goodbye(j, m->goodbye);
         return;
     default: /* Hello never comes here */
         return;
@@ -283,7 +308,26 @@ static void on_lost(void *arg, bool refused, const char *why)
     note_loss(j, refused ? CLUE_REFUSED : CLUE_SILENCE, "%s", why);
 }
 
-static const control_listener control_events = {.joined = on_joined, .message = on_message, .lost = on_lost};
+/* Logged, but not as often as somebody who tries without end wants it. */
+static void on_refused(void *arg, const char *peer, const char *why)
+{
+    job *j = arg;
+    double now = clock_seconds();
+    j->n_refused++;
+    if (strncmp(why, j->refused_why, sizeof j->refused_why - 1) == 0 && now < j->refused_at + SAY_AGAIN)
+        return;
+    if (j->n_refused > 1)
+        log_line("turned away %s on the control connection: %s (%d others since the last such line)", peer, why,
+                 j->n_refused - 1);
+    else
+        log_line("turned away %s on the control connection: %s", peer, why);
+    snprintf(j->refused_why, sizeof j->refused_why, "%s", why);
+    j->refused_at = now;
+    j->n_refused = 0;
+}
+
+static const control_listener control_events = {
+    .joined = on_joined, .message = on_message, .lost = on_lost, .refused = on_refused};
 
 /* ---- one launch ---- */
 
@@ -376,9 +420,10 @@ static void step(job *j, double seconds, bool heed_stop)
     step_launcher(j);
 }
 
+/* Of workers that others started nobody else knows more. */
 static bool loss_is_settled(const launch_life *life)
 {
-    return life->lost && (life->clue == CLUE_GOODBYE || clock_seconds() >= life->lost_at + LAST_WORD);
+    return life->lost && (life->clue == CLUE_GOODBYE || !life->launcher || clock_seconds() >= life->lost_at + LAST_WORD);
 }
 
 /* Until it is lost, or the job is told to stop. */
@@ -418,15 +463,30 @@ static void stop_launch(job *j)
     bytes_clear(&frame);
 }
 
+/* A host that is gone explains ranks that died, or were told to stop: mpirun did that. */
+static void blame_lost_host(launch_life *life, const char *host)
+{
+    size_t n = strlen(life->why);
+    char name[300] = "a host";
+    if (*host)
+        snprintf(name, sizeof name, "host %s", host);
+    if (life->clue > CLUE_RANK_DIED)
+        snprintf(life->why + n, sizeof life->why - n, "; mpirun has lost its daemon on %s", name);
+    else
+        snprintf(life->why, sizeof life->why, "mpirun has lost its daemon on %s%s", name,
+                 name_most_silent(life, *host ? host : NULL, life->lost_at).text);
+}
+
 /* What mpirun and the ranks printed last: a launch that never came up has no other way to say why. */
 static void complete_reason(job *j)
 {
     launch_life *life = &j->life;
-    size_t n = strlen(life->why);
     if (!life->launcher)
         return;
-    if (launcher_lost_host(life->launcher))
-        snprintf(life->why + n, sizeof life->why - n, "; mpirun has lost the daemon of a host");
+    const char *lost_host = launcher_lost_host(life->launcher);
+    if (lost_host)
+        blame_lost_host(life, lost_host);
+    size_t n = strlen(life->why);
     const char *words =
         life->clue != CLUE_GOODBYE && life->watch.phase != PHASE_READY ? launcher_last_words(life->launcher) : NULL;
     if (words)
@@ -468,7 +528,7 @@ static status drop_lost_hosts(job *j)
     probe_request request = {.mpirun = j->mpirun,
                              .mpirun_args = j->options.mpirun_args,
                              .hosts = &j->hosts,
-                             .seconds = PROBE_SECONDS,
+                             .seconds = fmin(PROBE_SECONDS, fmax(PROBE_MIN, 5 * j->longest_start)),
                              .cancel_fd = j->stop_fd};
     status st = launcher_probe(&request, reached);
     bool dropped = false;
@@ -528,7 +588,8 @@ static bool prepare_next(job *j)
         if (st != STATUS_OK && st != STATUS_STOPPED)
             say(j, JOB_RESTARTING, "%s", status_message());
     }
-    pause_job(j, d.pause_seconds);
+    if (!j->options.wait_for_workers) /* others decide themselves when they start theirs again */
+        pause_job(j, d.pause_seconds);
     return true;
 }
 

@@ -47,7 +47,7 @@ typedef enum { JOB_STARTING, JOB_LOADING, JOB_READY, JOB_RESTARTING, JOB_GIVEN_U
 typedef struct {
     /* Each launch goes through STARTING, LOADING and READY, each loss through RESTARTING (also said again, with a further
      * sentence); STOPPED comes last. sentence: why, for a person; "" when nothing is to be said. The job itself logs only what
-     * workers and mpirun print. */
+     * workers and mpirun print, and who was turned away. */
     void (*state)(void *arg, job_state state, uint64_t launch, const char *sentence);
     void (*progress)(void *arg, const Convoke__Control__Progress *progress); /* NULL is fine */
     /* Workers can take sequences: submit from within this call what is to be continued. state(JOB_READY) follows. */

@@ -16,7 +16,7 @@
 typedef enum {
     CLUE_SILENCE, /* the connection ended, or somebody fell silent */
     CLUE_MPIRUN_ENDED,
-    CLUE_RANK_DIED,
+    CLUE_RANK_DIED, /* or was told to stop: the one may be the other's consequence, so what is seen first counts */
     CLUE_MPIRUN_KILLED,
     CLUE_REFUSED, /* what the leader said made us end it */
     CLUE_GOODBYE, /* the workers say it themselves */
@@ -60,6 +60,10 @@ struct job {
     failure_history failures;
     bool was_ready;
     char last_goodbye[1024]; /* of a launch that never was ready */
+    double longest_start;    /* seconds from launch to Hello */
+    char refused_why[200];   /* whoever was turned away last, and when that was logged */
+    double refused_at;
+    int n_refused; /* for the same reason since then */
     launch_life life;
 
     pthread_mutex_t lock; /* over what follows */

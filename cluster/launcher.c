@@ -454,9 +454,9 @@ const char *launcher_last_words(launcher *l)
     return text;
 }
 
-bool launcher_lost_host(const launcher *l)
+const char *launcher_lost_host(const launcher *l)
 {
-    return l->chatter.lost_host;
+    return l->chatter.lost_host ? l->chatter.lost_name : NULL;
 }
 
 status launcher_end(launcher *l)

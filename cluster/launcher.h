@@ -44,8 +44,9 @@ void launcher_watch(launcher *l, const Convoke__Control__Hello *hello);
 /* What mpirun or the last worker to speak said of the end, NULL: nothing. Static buffer. */
 const char *launcher_last_words(launcher *l);
 
-/* Whether mpirun has said that it lost a host's daemon: then that is why it ended ranks that were well. */
-bool launcher_lost_host(const launcher *l);
+/* The host whose daemon mpirun says it has lost ("": it did not say which): then that is why it ended ranks that were well. NULL:
+ * none. */
+const char *launcher_lost_host(const launcher *l);
 
 /* SIGTERM, shortly after SIGKILL for everything of the launch on this machine; returns when it is gone, frees. A process that
  * does not go is named in the sentence of the status. NULL is fine. */

@@ -94,7 +94,7 @@ static void goes_on_over_lost_hosts(void **state)
     double before = clock_seconds();
     assert_int_equal(kill(daemon, SIGKILL), 0);
     wait_for_launch(2, before, "daemon killed");
-    assert_non_null(strstr(job_log_sentence(&job_events, JOB_RESTARTING), "mpirun has lost the daemon of a host"));
+    assert_non_null(strstr(job_log_sentence(&job_events, JOB_RESTARTING), "mpirun has lost its daemon on host node1; rank 1 (pid "));
     assert_int_equal(job_events.n_ranks, 2); /* the host answers: it stays */
     ask(2, again);
     assert_memory_equal(again, expected, sizeof expected);

@@ -18,9 +18,11 @@
 
 static control_server *server;
 static control_secret secret;
-static int n_joined, n_lost, n_messages;
+static int n_joined, n_lost, n_messages, n_refused;
 static bool accept_hello;
 static char lost_why[1024];
+static bool told_later; /* by the last refusal that was read */
+static char refused_peer[300], refused_why[1024];
 
 static bool joined(void *arg, const Convoke__Control__Hello *hello)
 {
@@ -44,12 +46,20 @@ static void lost(void *arg, bool refused, const char *why)
     snprintf(lost_why, sizeof lost_why, "%s", why);
 }
 
-static const control_listener listener = {joined, message, lost};
+static void refused(void *arg, const char *peer, const char *why)
+{
+    (void)arg;
+    n_refused++;
+    snprintf(refused_peer, sizeof refused_peer, "%s", peer);
+    snprintf(refused_why, sizeof refused_why, "%s", why);
+}
+
+static const control_listener listener = {joined, message, lost, refused};
 
 static int set_up(void **state)
 {
     (void)state;
-    n_joined = n_lost = n_messages = 0;
+    n_joined = n_lost = n_messages = n_refused = 0;
     accept_hello = true;
     assert_int_equal(control_secret_make(&secret), STATUS_OK);
     assert_int_equal(control_server_create("127.0.0.1:0", &listener, NULL, &server), STATUS_OK);
@@ -166,6 +176,7 @@ static const char *read_refusal(int fd)
         assert_int_equal(control_get_to_leader(bytes + FRAME_HEADER_BYTES, n - FRAME_HEADER_BYTES, &m), STATUS_OK);
         assert_int_equal(m->kind_case, CONVOKE__CONTROL__TO_LEADER__KIND_REFUSAL);
         snprintf(reason, sizeof reason, "%s", m->refusal->reason);
+        told_later = m->refusal->later;
         convoke__control__to_leader__free_unpacked(m, NULL);
     }
     return reason;
@@ -176,6 +187,17 @@ static void assert_refused(int fd, const char *expected)
     const char *reason = read_refusal(fd);
     if (!strstr(reason, expected))
         fail_msg("\"%s\" does not say \"%s\"", reason, expected);
+}
+
+/* Before the secret was shown, or after it, but as no leader: our side is told, too, and who may come again is told so. */
+static void assert_turned_away(int fd, const char *expected, bool later)
+{
+    int before = n_refused;
+    assert_refused(fd, expected);
+    assert_int_equal(n_refused, before + 1);
+    assert_non_null(strstr(refused_why, expected));
+    assert_int_equal(strncmp(refused_peer, "127.0.0.1:", 10), 0);
+    assert_int_equal(told_later, later);
 }
 
 /* After whatever happened: a leader joins and is heard. */
@@ -198,33 +220,33 @@ static void wrong_hellos(void **state)
     int fd = dial();
     wrong.text[wrong.n - 1] ^= 1;
     say_hello(fd, CONTROL_PROTOCOL, &wrong, 2, 2);
-    assert_refused(fd, "wrong secret");
+    assert_turned_away(fd, "wrong secret", false);
     wrong.n = 0;
     fd = dial();
     say_hello(fd, CONTROL_PROTOCOL, &wrong, 2, 2);
-    assert_refused(fd, "wrong secret");
+    assert_turned_away(fd, "wrong secret", false);
     fd = dial();
     say_hello(fd, CONTROL_PROTOCOL + 1, &secret, 2, 2);
-    assert_refused(fd, "protocol version");
+    assert_turned_away(fd, "protocol version", false);
     fd = dial();
     say_hello(fd, CONTROL_PROTOCOL, &secret, 3, 2);
-    assert_refused(fd, "lists of ranks");
+    assert_turned_away(fd, "lists of ranks", false);
     fd = dial();
     say_hello(fd, CONTROL_PROTOCOL, &secret, 0, 0);
-    assert_refused(fd, "lists of ranks");
+    assert_turned_away(fd, "lists of ranks", false);
     fd = dial();
     say_beat(fd, 7);
-    assert_refused(fd, "a Hello was expected");
+    assert_turned_away(fd, "a Hello was expected", false);
     assert_int_equal(n_joined, 0);
     accept_hello = false;
     fd = dial();
     say_hello(fd, CONTROL_PROTOCOL, &secret, 2, 2);
-    assert_refused(fd, "not today");
+    assert_turned_away(fd, "not today", false);
     accept_hello = true;
     control_server_expect(server, NULL);
     fd = dial();
     say_hello(fd, CONTROL_PROTOCOL, &secret, 2, 2);
-    assert_refused(fd, "no workers are expected");
+    assert_turned_away(fd, "no workers are expected", true);
     control_server_expect(server, &secret);
     assert_still_serves();
 }
@@ -271,7 +293,12 @@ static void second_leader(void **state)
     (void)state;
     int first = lead(), second = dial();
     say_hello(second, CONTROL_PROTOCOL, &secret, 2, 2);
-    assert_refused(second, "has a leader already");
+    assert_turned_away(second, "has a leader already", true);
+    second = dial();
+    control_secret wrong = secret;
+    wrong.text[3] ^= 1;
+    say_hello(second, CONTROL_PROTOCOL, &wrong, 2, 2);
+    assert_turned_away(second, "wrong secret", false);
     say_beat(first, 7);
     serve(&n_messages, 1);
     assert_int_equal(n_messages, 1);

@@ -303,6 +303,29 @@ static void at_the_end_mpirun_is_not_heard(void **state)
     assert_string_equal(shown, "rank 1: told to stop|[not mpirun] x|");
 }
 
+static void lost_host_is_named(void **state)
+{
+    (void)state;
+    for (size_t piece = 1; piece < 300; piece += 13) {
+        chatter c = {0};
+        char text[2000];
+        shown[0] = '\0';
+        snprintf(text, sizeof text,
+                 "%sORTE has lost communication with a remote daemon.\n\n  HNP daemon   : [[3735,0],0] on node node0\n"
+                 "  Remote daemon: [[3735,0],1] on node node1.cluster\n\nThis is usually due to\n%s"
+                 "[node0:00041] 1 more process has sent help message help-mpi-btl-tcp.txt / peer hung up\n"
+                 "[node0:00041] Set MCA parameter \"orte_base_help_aggregate\" to 0 to see all help / error messages\n",
+                 frame, frame);
+        feed(&c, text, piece);
+        assert_true(c.lost_host);
+        assert_string_equal(c.lost_name, "node1.cluster");
+        assert_string_equal(shown, "");
+    }
+    chatter c = {0};
+    feed(&c, "Remote daemon: [[3735,0],1] on node node1\n", 50); /* outside of an announcement */
+    assert_false(c.lost_host);
+}
+
 static void long_lines_are_cut(void **state)
 {
     (void)state;
@@ -328,6 +351,7 @@ int main(void)
         {"a hostfile that is not understood is refused, naming the line", bad_hostfiles, NULL, NULL, NULL},
         {"this machine is known by its names and addresses", here_is_here, NULL, NULL, NULL},
         {"sentences of workers are shown, announcements of mpirun condensed", lines_are_sorted, NULL, NULL, NULL},
+        {"a host whose daemon mpirun has lost is named", lost_host_is_named, NULL, NULL, NULL},
         {"at the end mpirun's own words are dropped", at_the_end_mpirun_is_not_heard, NULL, NULL, NULL},
         {"long lines are cut, control characters blanked", long_lines_are_cut, NULL, NULL, NULL},
     };

@@ -19,6 +19,7 @@
 
 #define CONNECT_SECONDS   5.0 /* one attempt */
 #define RETRY_MS          200
+#define LATER_MS          500 /* when the coordinator has said "later" */
 #define PROGRESS_SECONDS  0.3
 #define READ_BYTES        ((size_t)64 << 10)
 #define INBOX_BYTES       ((size_t)256 << 20) /* payload bytes that wait for the step loop; more stay in the socket */
@@ -134,12 +135,16 @@ static int connect_any(const char *host, const char *port, double until, const c
     return fd;
 }
 
+static void pause_ms(int ms)
+{
+    nanosleep(&(struct timespec){.tv_sec = ms / 1000, .tv_nsec = ms % 1000 * 1000000L}, NULL);
+}
+
 /* Workers may be there before the coordinator, and its name before its address. */
-static status connect_patiently(control_link *l, double seconds)
+static status connect_patiently(control_link *l, double until, double seconds)
 {
     char host[256], port[8];
     const char *why = "";
-    double until = clock_seconds() + seconds;
     TRY(control_split_address("--coordinator", l->address, host, port));
     for (;;) {
         l->fd = connect_any(host, port, until, &why);
@@ -149,7 +154,7 @@ static status connect_patiently(control_link *l, double seconds)
             return status_fail(STATUS_STOPPED, "told to stop while connecting to the coordinator at %s", l->address);
         if (clock_seconds() + RETRY_MS * 1e-3 >= until)
             return status_fail(STATUS_IO, "the coordinator at %s cannot be reached for %.3g s: %s", l->address, seconds, why);
-        nanosleep(&(struct timespec){.tv_nsec = RETRY_MS * 1000000}, NULL);
+        pause_ms(RETRY_MS);
     }
 }
 
@@ -242,17 +247,51 @@ static status create(const char *address, control_link **out)
     return l->thread_wakes >= 0 && l->loop_wakes >= 0 ? STATUS_OK : status_fail(STATUS_IO, "eventfd: %s", strerror(errno));
 }
 
+/* One connection, from Hello to Setup. */
+static status join_once(control_link *l, double until, double seconds, const Convoke__Control__Hello *hello)
+{
+    TRY(connect_patiently(l, until, seconds));
+    double greeted = clock_seconds() + CONTROL_GREETING_SECONDS;
+    TRY(say_hello(l, hello, greeted));
+    return await_setup(l, greeted);
+}
+
+static bool was_told_later(const control_link *l)
+{
+    return l->setup && l->setup->kind_case == CONVOKE__CONTROL__TO_LEADER__KIND_REFUSAL && l->setup->refusal->later;
+}
+
+static void leave(control_link *l)
+{
+    close(l->fd);
+    l->fd = -1;
+    convoke__control__to_leader__free_unpacked(l->setup, NULL);
+    l->setup = NULL;
+    frame_reader_clear(&l->reader);
+    frame_reader_init(&l->reader, CONTROL_FRAME_BYTES);
+}
+
+/* "Later": workers that this coordinator does not yet know to be lost are still its own, or it is just clearing up after them. */
+static status join_patiently(control_link *l, double seconds, const Convoke__Control__Hello *hello)
+{
+    double until = clock_seconds() + seconds;
+    for (bool said = false;; said = true) {
+        status st = join_once(l, until, seconds, hello);
+        if (st == STATUS_OK || !was_told_later(l) || group_told_to_stop() || clock_seconds() + LATER_MS * 1e-3 >= until)
+            return st;
+        if (!said)
+            log_line("%s; trying again for %.3g s", status_message(), seconds);
+        leave(l);
+        pause_ms(LATER_MS);
+    }
+}
+
 status control_link_open(const char *address, double seconds, const Convoke__Control__Hello *hello, control_link **out)
 {
     control_link *l = NULL;
     status st = create(address, &l);
     if (st == STATUS_OK)
-        st = connect_patiently(l, seconds);
-    double until = clock_seconds() + CONTROL_GREETING_SECONDS;
-    if (st == STATUS_OK)
-        st = say_hello(l, hello, until);
-    if (st == STATUS_OK)
-        st = await_setup(l, until);
+        st = join_patiently(l, seconds, hello);
     if (st != STATUS_OK) {
         control_link_close(l);
         return st;

@@ -14,8 +14,8 @@
 
 typedef struct control_link control_link;
 
-/* Connects to "HOST:PORT", trying again for `seconds`; says Hello and waits for Setup. A refusal is STATUS_BAD_INPUT with the
- * coordinator's reason. */
+/* Connects to "HOST:PORT", says Hello and waits for Setup; tries again for `seconds` while nobody is there, or the coordinator says
+ * "later" (it still has other workers). A refusal is STATUS_BAD_INPUT with the coordinator's reason. */
 status control_link_open(const char *address, double seconds, const Convoke__Control__Hello *hello, control_link **out);
 /* Says nothing more; what is still unsent gets a second to leave. NULL is fine. */
 void control_link_close(control_link *l);
