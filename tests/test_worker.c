@@ -351,11 +351,12 @@ static void messages_of_another_launch_do_nothing(void **state)
 
 /* ---- joining ---- */
 
-static void refuse(fake_control *f, const char *reason)
+static void refuse(fake_control *f, const char *reason, bool later)
 {
     Convoke__Control__ToLeader m = CONVOKE__CONTROL__TO_LEADER__INIT;
     Convoke__Control__Refusal refusal = CONVOKE__CONTROL__REFUSAL__INIT;
     refusal.reason = (char *)reason;
+    refusal.later = later;
     m.kind_case = CONVOKE__CONTROL__TO_LEADER__KIND_REFUSAL;
     m.refusal = &refusal;
     fake_control_send(f, &m);
@@ -374,9 +375,13 @@ static void hello_shows_secret_and_ranks(void **state)
     assert_int_equal((int)m->hello->node_of_rank[1], 1);
     assert_true(strlen(m->hello->host_of_rank[1]) > 0);
     fake_control_free(m);
-    refuse(&f, "this coordinator wants protocol 99");
+    refuse(&f, "others are here still", true); /* it may ask again */
+    close(f.fd);
+    fake_control_free(fake_control_greet(&f));
+    refuse(&f, "this coordinator wants protocol 99", false);
     fake_control_await_end(&f, 10);
     assert_int_not_equal(f.exit_code, 0);
+    assert_true(fake_control_said(&f, "refuses: others are here still; trying again for 30 s"));
     assert_true(fake_control_said(&f, "refuses: this coordinator wants protocol 99"));
     fake_control_close(&f);
 }
@@ -657,7 +662,8 @@ int main(void)
         {"log-probabilities and candidates come along", log_probabilities_come_along, NULL, NULL, NULL},
         {"what the engine refuses fails alone, with the sentence", a_refused_sequence_fails_alone, NULL, NULL, NULL},
         {"messages of another launch do nothing and are logged once", messages_of_another_launch_do_nothing, NULL, NULL, NULL},
-        {"hello shows the secret and who is where; a refusal is printed", hello_shows_secret_and_ranks, NULL, NULL, NULL},
+        {"hello shows the secret and who is where; a refusal is printed, and ends the job unless it says later",
+         hello_shows_secret_and_ranks, NULL, NULL, NULL},
         {"progress is told while loading, none behind ready", progress_is_told_before_ready, NULL, NULL, NULL},
         {"a secret that others can read is refused", a_secret_that_others_can_read_is_refused, NULL, NULL, NULL},
         {"workers wait for a coordinator, but not for ever", workers_wait_for_a_late_coordinator_but_not_for_ever, NULL, NULL,
