@@ -236,6 +236,12 @@ static void take_up_journal(coordinator *c)
         log_line("journal: %d requests go on from their last tokens", n.n_live);
 }
 
+static void begin_drain(coordinator *c)
+{
+    requests_refuse_new(c->requests, REFUSAL_UNAVAILABLE, "the server is shutting down");
+    set_state(c, SERVING_DRAINING);
+}
+
 static void on_ready(void *arg, const Convoke__Control__Ready *ready, const Convoke__Control__Hello *hello)
 {
     coordinator *c = arg;
@@ -249,6 +255,8 @@ static void on_ready(void *arg, const Convoke__Control__Ready *ready, const Conv
         return;
     requests_refuse_new(c->requests, REFUSAL_NONE, "");
     set_state(c, SERVING_READY);
+    if (coordinator_is_draining(c)) /* told so between these lines */
+        begin_drain(c);
 }
 
 static void on_state(void *arg, job_state state, uint64_t launch, const char *sentence)
@@ -647,10 +655,10 @@ static status wait_until_still(coordinator *c)
     for (;;) {
         requests_counts n;
         requests_count(c->requests, &n);
-        if (n.n_started == 0)
+        if (n.n_begun == 0)
             return STATUS_OK;
         if (clock_seconds() > until)
-            return status_fail(STATUS_STOPPED, "%d sequences still run after 10 minutes; new ones are held back", n.n_started);
+            return status_fail(STATUS_STOPPED, "%d sequences still run after 10 minutes; new ones are held back", n.n_begun);
         pthread_mutex_lock(&c->lock);
         bool over = !c->paused || c->state == SERVING_GIVEN_UP || c->state == SERVING_STOPPED;
         struct timespec at;
@@ -676,7 +684,7 @@ status coordinator_pause(coordinator *c, pause_mode mode, bool clear_cache)
         requests_end_all(c->requests, REFUSAL_NONE, "");
     if (mode == PAUSE_WAIT)
         TRY(wait_until_still(c));
-    if (clear_cache)
+    if (clear_cache && coordinator_was_ready(c)) /* before, there is no cache, nor perhaps a job */
         job_clear_prefix_cache(c->job);
     return STATUS_OK;
 }
@@ -708,9 +716,8 @@ void coordinator_shutdown(coordinator *c)
     pthread_mutex_unlock(&c->lock);
     if (!first)
         return;
-    requests_refuse_new(c->requests, REFUSAL_UNAVAILABLE, "the server is shutting down");
     requests_pause(c->requests, false, false); /* what was frozen may finish */
-    set_state(c, SERVING_DRAINING);
+    begin_drain(c);
 }
 
 void coordinator_end_requests(coordinator *c)

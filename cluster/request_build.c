@@ -12,7 +12,7 @@
 #include <sys/random.h>
 #include <time.h>
 
-enum { MAX_ID_BYTES = 127, MAX_STOPS = 64, MAX_STOP_BYTES = 1024 };
+enum { MAX_ID_BYTES = 127, MAX_STOPS = 64, MAX_STOP_BYTES = 1024, MAX_CANDIDATE_BYTES = 1 << 30 };
 
 refusal_kind refuse(refusal *r, refusal_kind kind, const char *format, ...)
 {
@@ -64,11 +64,30 @@ static refusal_kind check_ids(const char *field, const int32_t *ids, int n, int 
     return REFUSAL_NONE;
 }
 
+/* A list of token ids that may be long, but never needs to be longer than the vocabulary. */
+static refusal_kind check_list(const char *field, const int32_t *ids, int n, int vocab, refusal *why)
+{
+    if (n > vocab)
+        return refuse(why, REFUSAL_BAD, "%s: %d tokens of a vocabulary of %d", field, n, vocab);
+    return check_ids(field, ids, n, vocab, why);
+}
+
 static refusal_kind check_candidates(const char *field, const candidates_wish *c, int vocab, refusal *why)
 {
     if (c->top_n < 0 || c->top_n > vocab)
         return refuse(why, REFUSAL_BAD, "%s: the top %d of a vocabulary of %d", field, c->top_n, vocab);
-    return check_ids(field, c->ids, c->n_ids, vocab, why);
+    return check_list(field, c->ids, c->n_ids, vocab, why);
+}
+
+/* What is asked for each token is kept until the request is forgotten. */
+static refusal_kind check_candidate_bytes(const char *field, const candidates_wish *c, int vocab, double n_tokens, refusal *why)
+{
+    int n = c->all ? vocab : c->top_n > c->n_ids ? c->top_n : c->n_ids;
+    double bytes = n_tokens * n * (double)sizeof(token_info);
+    if (bytes <= MAX_CANDIDATE_BYTES)
+        return REFUSAL_NONE;
+    return refuse(why, REFUSAL_TOO_LARGE, "%s: %.0f tokens with %d each need %.0f MiB; a request may have %d", field, n_tokens, n,
+                  bytes / (1 << 20), (int)(MAX_CANDIDATE_BYTES >> 20));
 }
 
 static refusal_kind check_sampling(int vocab, const request_wish *w, refusal *why)
@@ -83,12 +102,14 @@ static refusal_kind check_sampling(int vocab, const request_wish *w, refusal *wh
     TRY_REFUSE(check_range("presence_penalty", w->presence_penalty, -2, 2, why));
     TRY_REFUSE(check_range("frequency_penalty", w->frequency_penalty, -2, 2, why));
     TRY_REFUSE(check_range("repetition_penalty", w->repetition_penalty, 0, 1e6F, why));
+    if (w->n_biases > vocab)
+        return refuse(why, REFUSAL_BAD, "logit_bias: %d tokens of a vocabulary of %d", w->n_biases, vocab);
     for (int i = 0; i < w->n_biases; i++) {
         TRY_REFUSE(check_ids("logit_bias", &w->biases[i].token, 1, vocab, why));
         TRY_REFUSE(check_range("logit_bias", w->biases[i].bias, -100, 100, why));
     }
-    TRY_REFUSE(check_ids("allowed_token_ids", w->allowed, w->n_allowed, vocab, why));
-    TRY_REFUSE(check_ids("stop_token_ids", w->stop_ids, w->n_stop_ids, vocab, why));
+    TRY_REFUSE(check_list("allowed_token_ids", w->allowed, w->n_allowed, vocab, why));
+    TRY_REFUSE(check_list("stop_token_ids", w->stop_ids, w->n_stop_ids, vocab, why));
     TRY_REFUSE(check_candidates("prompt candidates", &w->prompt_candidates, vocab, why));
     return check_candidates("output candidates", &w->output_candidates, vocab, why);
 }
@@ -97,6 +118,9 @@ static refusal_kind check_shape(const requests *all, const request_wish *w, refu
 {
     if (w->id && strlen(w->id) > MAX_ID_BYTES)
         return refuse(why, REFUSAL_BAD, "request_id: %zu bytes, at most %d are allowed", strlen(w->id), MAX_ID_BYTES);
+    for (const char *c = w->id; c && *c; c++)
+        if ((unsigned char)*c < ' ' || *c == 0x7f) /* ids stand in logs */
+            return refuse(why, REFUSAL_BAD, "request_id: byte %d is a control character", (int)(c - w->id));
     if (w->n < 0 || w->n > all->options.max_sequences_of_request)
         return refuse(why, REFUSAL_BAD, "n: %d sequences, at most %d are allowed", w->n, all->options.max_sequences_of_request);
     if (w->max_new < 0 || w->min_new < 0 || w->truncate_prompt < 0)
@@ -343,6 +367,9 @@ static refusal_kind fill_spec(requests *all, const requests_limits *limits, cons
         max_new = fit > 1 ? fit : 1;
     }
     TRY_REFUSE(check_length(limits, n_prompt, max_new, w->owner, why));
+    TRY_REFUSE(check_candidate_bytes("prompt candidates", &w->prompt_candidates, limits->vocab, n_prompt, why));
+    TRY_REFUSE(check_candidate_bytes("output candidates", &w->output_candidates, limits->vocab,
+                                     (double)max_new * (w->n > 0 ? w->n : 1), why));
     if (w->min_new > max_new)
         return refuse(why, REFUSAL_BAD, "min_tokens: %d, but max_tokens is %d", w->min_new, max_new);
     s->max_new = (uint32_t)max_new;

@@ -66,7 +66,9 @@ static void look_for_stop(request *r, sequence_output *o, size_t searched)
     size_t size = o->text.size;
     stop_verdict v = stop_text_check((const char *)o->text.data, size, searched, r->stops, n, r->spec->include_stop);
     bool too_early = o->n_tokens + 1 <= (int)r->spec->sequence->min_tokens; /* as stop tokens: not before min_tokens */
-    o->shown = v.stop >= 0 && too_early ? size : v.shown;
+    size_t shown = v.stop >= 0 && too_early ? size : v.shown;
+    if (shown > o->shown) /* what has been shown stays, also the part of a stop string that was too early */
+        o->shown = shown;
     if (v.stop >= 0 && !too_early) {
         o->finish = FINISH_STOP_STRING;
         o->stop_string = v.stop;

@@ -26,10 +26,22 @@ static void place_in_sequence(reader *d, int i, int from)
 
 /* ---- is there news --------------------------------------------------------------------------------------------------------- */
 
-bool request_prompt_ready(const request *r)
+bool request_prompt_done(const request *r)
 {
     const Convoke__Control__Sequence *s = r->spec->sequence;
-    return !s->prompt_logprobs || r->n_prompt_done == (int)s->n_tokens || r->n_finished == r->n_sequences;
+    return !s->prompt_logprobs || r->n_prompt_done == (int)s->n_tokens;
+}
+
+bool request_prompt_ready(const request *r)
+{
+    if (request_prompt_done(r))
+        return true;
+    for (int i = 0; i < r->n_sequences; i++) {
+        const request_sequence *s = &r->sequences[i];
+        if (s->out.finish == FINISH_NONE && (s->brings_prompt || !s->submitted))
+            return false;
+    }
+    return true;
 }
 
 static bool has_news(reader *d, int i)
@@ -192,8 +204,11 @@ static void leave(reader *d)
     while (*at != d)
         at = &(*at)->next;
     *at = d->next;
-    if (r->owner != d)
+    if (r->owner != d) {
+        if (r->ownerless_since > 0) /* the time to come back begins again */
+            r->ownerless_since = clock_seconds();
         return;
+    }
     r->owner = NULL;
     if (r->n_finished == r->n_sequences)
         return;
@@ -237,6 +252,8 @@ static void take_prompt(reader *d, output_piece *p)
     d->prompt_sent = true;
     p->has_prompt = true;
     p->n_cached = r->sequences[0].n_cached;
+    if (!request_prompt_done(r)) /* a journal does not keep log-probabilities of prompts: rather none than wrong ones */
+        return;
     p->prompt = copy(&d->prompt, r->prompt, s->n_tokens * sizeof *r->prompt);
     if (!s->prompt_candidates)
         return;

@@ -204,11 +204,19 @@ static Convoke__Control__Sequence continued(const request_sequence *s, int32_t *
     w.max_new -= (uint32_t)o->n_tokens;
     w.arrival = r->arrival;
     w.sequence_index = (uint32_t)s->index;
-    w.prompt_logprobs = s->index == 0 && !request_prompt_ready(r);
+    w.prompt_logprobs = s->brings_prompt;
     if (!w.prompt_logprobs)
         w.prompt_candidates = NULL;
     w.owner = r->all->options.pin_owner ? s->owner : w.owner;
+    if (w.owner >= r->all->limits.n_ranks)
+        w.owner = -1; /* fewer ranks than there were: it runs where there is room */
     return w;
+}
+
+/* A pause lets go on what had begun, also in an earlier launch. */
+static bool has_begun(const request_sequence *s)
+{
+    return s->started || s->out.n_tokens > 0;
 }
 
 static bool may_submit(const request_sequence *s)
@@ -216,7 +224,19 @@ static bool may_submit(const request_sequence *s)
     const requests *all = s->request->all;
     if (!all->ready || s->submitted || s->out.finish != FINISH_NONE || !s->request->accepted_durably)
         return false;
-    return !all->paused || (!all->frozen && s->out.n_tokens > 0); /* a pause lets go on what had begun */
+    return !all->paused || (!all->frozen && has_begun(s));
+}
+
+/* One of the sequences brings the prompt's log-probabilities. */
+static bool should_bring_prompt(const request_sequence *s)
+{
+    const request *r = s->request;
+    if (request_prompt_done(r))
+        return false;
+    for (int i = 0; i < r->n_sequences; i++)
+        if (r->sequences[i].brings_prompt && r->sequences[i].out.finish == FINISH_NONE)
+            return false;
+    return true;
 }
 
 static void submit_sequence(request_sequence *s)
@@ -226,6 +246,7 @@ static void submit_sequence(request_sequence *s)
     int32_t *tokens = malloc((n + 1) * sizeof *tokens);
     if (!tokens)
         return; /* taken up again at the next launch or tick */
+    s->brings_prompt = should_bring_prompt(s);
     Convoke__Control__Sequence w = continued(s, tokens), *one = &w;
     s->submitted = true;
     s->held = false;
@@ -298,12 +319,18 @@ static void journal_end(const request_sequence *s)
     journal_finish(r->all->options.journal, r->spec->id, s->index, packed, size);
 }
 
+/* While the journal is still writing down that it was accepted, its end cannot be written behind it. */
+static bool may_forget(const request *r)
+{
+    return r->n_finished == r->n_sequences && !r->readers && r->journal_asked;
+}
+
 static void trim_remembered(requests *all)
 {
     request *next;
     for (request *r = all->first; r && all->n_remembered > all->options.max_remembered; r = next) {
         next = r->next;
-        if (r->n_finished == r->n_sequences && !r->readers)
+        if (may_forget(r))
             forget(r);
     }
 }
@@ -353,6 +380,8 @@ void request_cancel_locked(request *r)
 
 static refusal_kind check_room(requests *all, int n, refusal *why)
 {
+    if (n > all->options.max_waiting)
+        return refuse(why, REFUSAL_BAD, "n: %d sequences, but the queue holds only %d", n, all->options.max_waiting);
     if (all->n_unstarted + n <= all->options.max_waiting)
         return REFUSAL_NONE;
     refuse(why, REFUSAL_FULL, "%d sequences wait, and the queue holds %d", all->n_unstarted, all->options.max_waiting);
@@ -370,7 +399,7 @@ static refusal_kind enter(requests *all, request *r, refusal *why)
     if (all->refused.kind != REFUSAL_NONE) {
         *why = all->refused;
         kind = why->kind;
-    } else if (same && same->n_finished < same->n_sequences) {
+    } else if (same && (same->n_finished < same->n_sequences || !same->journal_asked)) {
         kind = refuse(why, REFUSAL_EXISTS, "request_id: a live request is called \"%s\"", r->spec->id);
     } else if ((kind = check_room(all, r->n_sequences, why)) != REFUSAL_NONE) {
         ; /* why says it */
@@ -400,18 +429,34 @@ static status journal_request(requests *all, const request *r)
     return st;
 }
 
-/* It stands in the journal: now it may run. */
+/* It stands in the journal: now it may run. What has been cancelled meanwhile stands there as if it ran. */
 static void launch_request(requests *all, request *r)
 {
     pthread_mutex_lock(&all->lock);
-    r->accepted_durably = true;
+    r->accepted_durably = r->journal_asked = true;
     all->prompt_tokens += r->spec->sequence->n_tokens;
     for (int i = 0; i < r->n_sequences; i++)
-        if (may_submit(&r->sequences[i]))
+        if (r->sequences[i].out.finish != FINISH_NONE)
+            journal_end(&r->sequences[i]);
+        else if (may_submit(&r->sequences[i]))
             submit_sequence(&r->sequences[i]);
     pthread_mutex_unlock(&all->lock);
     if (all->options.metrics)
         metrics_prompt_tokens(all->options.metrics, (int)r->spec->sequence->n_tokens);
+}
+
+/* The journal could not take it: it was never here. */
+static void give_up_request(request *r)
+{
+    requests *all = r->all;
+    pthread_mutex_lock(&all->lock);
+    r->journal_asked = true;
+    request_cancel_locked(r);
+    if (may_forget(r))
+        forget(r);
+    pthread_mutex_unlock(&all->lock);
+    readers_wake(all);
+    request_release(r);
 }
 
 refusal_kind requests_open(requests *all, const request_wish *wish, request **out, refusal *why)
@@ -439,8 +484,7 @@ refusal_kind requests_open(requests *all, const request_wish *wish, request **ou
     }
     if (journal_request(all, r) != STATUS_OK) {
         refuse(why, REFUSAL_UNAVAILABLE, "%s", status_message());
-        request_abort(r);
-        request_release(r);
+        give_up_request(r);
         return why->kind;
     }
     launch_request(all, r);
@@ -452,7 +496,7 @@ refusal_kind requests_find(requests *all, const char *id, request **out, refusal
 {
     pthread_mutex_lock(&all->lock);
     request *r = find(all, id);
-    bool loading = all->limits.vocab == 0;
+    bool loading = !all->replayed; /* the journal's requests are not here yet */
     if (r)
         r->references++;
     pthread_mutex_unlock(&all->lock);
@@ -729,10 +773,24 @@ void requests_set_limits(requests *all, const requests_limits *limits)
     pthread_mutex_unlock(&all->lock);
 }
 
+/* The last token may have ended a sequence without its end having reached us, or the journal. */
+static void end_what_has_ended(requests *all)
+{
+    for (request *r = all->first; r; r = r->next)
+        for (int i = 0; i < r->n_sequences; i++) {
+            request_sequence *s = &r->sequences[i];
+            finish_kind kind = output_should_end(r, &s->out);
+            if (!s->out.n_tokens || kind == FINISH_NONE || find_sequence(all, s->wire_id) != s)
+                continue;
+            finish_sequence(s, kind, true);
+        }
+}
+
 void requests_workers_ready(requests *all)
 {
     pthread_mutex_lock(&all->lock);
     all->ready = true;
+    end_what_has_ended(all);
     submit_waiting(all);
     pthread_mutex_unlock(&all->lock);
     readers_wake(all);
@@ -751,7 +809,7 @@ void requests_workers_lost(requests *all)
                 all->n_started--;
                 all->n_unstarted++;
             }
-            s->submitted = s->started = s->held = false;
+            s->submitted = s->started = s->held = s->brings_prompt = false;
         }
     pthread_mutex_unlock(&all->lock);
 }
@@ -789,7 +847,7 @@ void requests_pause(requests *all, bool paused, bool freeze)
     for (request *r = all->first; r; r = r->next)
         for (int i = 0; i < r->n_sequences; i++) {
             request_sequence *s = &r->sequences[i];
-            s->frozen = paused && (freeze || !s->started);
+            s->frozen = paused && (freeze || !has_begun(s));
             if (s->out.finish == FINISH_NONE)
                 update_hold(s);
         }
@@ -805,14 +863,27 @@ void requests_tick(requests *all)
     for (request *r = all->first, *next; r; r = next) {
         next = r->next;
         bool over = r->n_finished == r->n_sequences;
-        if (!over && r->ownerless_since > 0 && now - r->ownerless_since > r->spec->linger_ms * 1e-3)
+        if (!over && !r->readers && r->ownerless_since > 0 && now - r->ownerless_since > r->spec->linger_ms * 1e-3)
             request_cancel_locked(r);
-        else if (over && !r->readers && now - r->finished_at > all->options.remember_seconds)
+        else if (may_forget(r) && now - r->finished_at > all->options.remember_seconds)
             forget(r);
     }
     submit_waiting(all); /* what memory did not allow before */
     pthread_mutex_unlock(&all->lock);
     readers_wake(all);
+}
+
+/* Sequences that go on under a pause, or will with the next launch. One that began just before it heard of the pause is held in
+ * its middle and does not count. */
+static int count_begun(const requests *all)
+{
+    int n = 0;
+    for (const request *r = all->paused ? all->first : NULL; r; r = r->next)
+        for (int i = 0; i < r->n_sequences; i++) {
+            const request_sequence *s = &r->sequences[i];
+            n += s->out.finish == FINISH_NONE && !s->frozen && has_begun(s);
+        }
+    return n;
 }
 
 void requests_count(requests *all, requests_counts *out)
@@ -821,6 +892,7 @@ void requests_count(requests *all, requests_counts *out)
     *out = (requests_counts){.n_live = all->n_live,
                              .n_started = all->n_started,
                              .n_waiting = all->n_unstarted,
+                             .n_begun = count_begun(all),
                              .prompt_tokens = all->prompt_tokens,
                              .generated_tokens = all->generated_tokens};
     pthread_mutex_unlock(&all->lock);
@@ -841,9 +913,12 @@ static status replay_request(void *arg, const char *id, const void *spec, size_t
     request *r = request_create(all, message);
     if (!r)
         return status_fail(STATUS_NO_MEMORY, "no memory for request %s of the journal", id);
-    TRY(take_slots(r));
+    if (take_slots(r) != STATUS_OK) {
+        request_destroy(r);
+        return STATUS_NO_MEMORY;
+    }
     insert(all, r);
-    r->accepted_durably = true;
+    r->accepted_durably = r->journal_asked = true;
     if (r->spec->linger_ms < all->options.remember_seconds * 1e3)
         r->spec->linger_ms = (uint32_t)(all->options.remember_seconds * 1e3); /* its client may come back for it */
     r->ownerless_since = clock_seconds();
@@ -877,8 +952,11 @@ static status replay_finish(void *arg, const char *id, int sequence, const void 
     request_sequence *s = NULL;
     TRY(find_replayed(arg, id, sequence, &s));
     Convoke__Journal__Finish *f = convoke__journal__finish__unpack(NULL, size, how);
-    if (!f || f->kind == FINISH_NONE || f->kind > FINISH_FAILED || s->wire_id == 0)
+    if (!f || f->kind == FINISH_NONE || f->kind > FINISH_FAILED || find_sequence(arg, s->wire_id) != s) {
+        if (f)
+            convoke__journal__finish__free_unpacked(f, NULL);
         return status_fail(STATUS_BAD_INPUT, "journal: the end of request %s is damaged", id);
+    }
     if (f->kind == FINISH_FAILED)
         refuse(&s->out.failed, REFUSAL_INTERNAL, "%s", f->reason);
     finish_sequence(s, (finish_kind)f->kind, false);
@@ -886,26 +964,12 @@ static status replay_finish(void *arg, const char *id, int sequence, const void 
     return STATUS_OK;
 }
 
-/* The last token may have ended a sequence without its end reaching the journal. */
-static void end_what_has_ended(requests *all)
-{
-    for (request *r = all->first; r; r = r->next)
-        for (int i = 0; i < r->n_sequences; i++) {
-            request_sequence *s = &r->sequences[i];
-            finish_kind kind = output_should_end(r, &s->out);
-            if (!s->out.n_tokens || kind == FINISH_NONE || find_sequence(all, s->wire_id) != s)
-                continue;
-            finish_sequence(s, kind, true);
-        }
-}
-
 status requests_replay(requests *all)
 {
     static const journal_visitor visitor = {.request = replay_request, .tokens = replay_tokens, .finish = replay_finish};
     pthread_mutex_lock(&all->lock);
     status st = journal_replay(all->options.journal, &visitor, all);
-    if (st == STATUS_OK)
-        end_what_has_ended(all);
+    all->replayed = true;
     pthread_mutex_unlock(&all->lock);
     return st;
 }

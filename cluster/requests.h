@@ -129,7 +129,8 @@ typedef struct {
  * reader_take(). */
 typedef struct {
     bool has_prompt;          /* the first piece of a request has it: */
-    const token_info *prompt; /* [n_prompt]; logprobs only where they were asked for */
+    const token_info *prompt; /* [n_prompt]; logprobs only where they were asked for; NULL: those asked for were lost with an
+                               * earlier coordinator */
     const token_info *prompt_candidates;
     const int *candidates_of_prompt; /* [n_prompt] how many each; NULL: none asked for */
     int n_cached;                    /* prompt tokens found in the prefix cache */

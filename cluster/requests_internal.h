@@ -33,11 +33,12 @@ typedef struct {
     uint64_t wire_id;
     int index;
     sequence_output out;
-    bool submitted; /* to the launch that is ready now */
-    bool started;   /* has left the workers' queue at least once in this launch */
-    bool slow;      /* its reader does not keep up */
-    bool frozen;    /* a pause keeps it */
-    bool held;      /* what the workers were told of these two */
+    bool submitted;     /* to the launch that is ready now */
+    bool started;       /* has left the workers' queue at least once in this launch */
+    bool slow;          /* its reader does not keep up */
+    bool frozen;        /* a pause keeps it */
+    bool held;          /* what the workers were told of these two */
+    bool brings_prompt; /* the workers were asked for the prompt's log-probabilities with it */
     int owner, n_cached;
     double first_started, first_token, last_token; /* clock_seconds(); 0: not yet */
 } request_sequence;
@@ -61,6 +62,7 @@ struct request {
     double accepted, finished_at, ownerless_since; /* clock_seconds(); 0: not */
     reader *readers, *owner;
     bool in_table;
+    bool journal_asked;    /* whether the journal has it is known; before that it is not forgotten */
     bool accepted_durably; /* the journal has it; before that it is not sent to workers */
 };
 
@@ -71,9 +73,8 @@ struct reader {
     bool owns, prompt_sent, armed, waking;
     void (*wake)(void *arg);
     void *arg;
-    int first_token; /* of every sequence */
-    int *token_place;
-    size_t *text_place;
+    int *token_place;   /* beyond n_tokens: the client knows tokens that are still to be computed again */
+    size_t *text_place; /* TEXT_NOT_YET until then */
     bool *finish_sent;
     int next_sequence, n_done;
     bool holding; /* the sequences are held for it */
@@ -97,7 +98,7 @@ struct requests {
     int n_unstarted;                   /* live sequences that wait for the workers */
     double start_interval, last_start; /* seconds between starts of late: what a full queue's hint is made of */
     uint64_t next_arrival;
-    bool ready, paused, frozen;
+    bool ready, paused, frozen, replayed;
     refusal refused; /* of new requests; kind NONE: none */
     unsigned long long prompt_tokens, generated_tokens;
     reader *to_wake;
@@ -126,7 +127,8 @@ void readers_note(request *r); /* there is news: marks whom to wake */
 void readers_hold_slow(request *r);
 /* Wakes those marked; takes and leaves the lock, which must not be held. */
 void readers_wake(requests *all);
-bool request_prompt_ready(const request *r);
+bool request_prompt_done(const request *r);  /* all of what was asked for the prompt is here */
+bool request_prompt_ready(const request *r); /* or nobody will bring it any more */
 
 /* requests.c; with the lock held. */
 void request_cancel_locked(request *r);

@@ -73,6 +73,7 @@ void requests_tick(requests *all);
 typedef struct {
     int n_live;               /* requests not finished */
     int n_started, n_waiting; /* sequences */
+    int n_begun;              /* while paused: sequences that still go on until they are finished */
     unsigned long long prompt_tokens, generated_tokens;
 } requests_counts;
 void requests_count(requests *all, requests_counts *out);

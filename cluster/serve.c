@@ -229,7 +229,7 @@ static int next_signal(const sigset_t *set)
 static status check_start(server *s, const serve_options *o, bool *ready)
 {
     serving_state state = coordinator_state(s->coordinator);
-    if (*ready || o->wait_for_workers)
+    if (*ready || o->wait_for_workers || coordinator_was_ready(s->coordinator))
         return STATUS_OK;
     if (state == SERVING_RESTARTING || state == SERVING_GIVEN_UP) {
         char why[1024];

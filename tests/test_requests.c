@@ -18,6 +18,7 @@ typedef struct {
     int32_t tokens[MAX_TOKENS];
     int n_tokens, n_prior, max_new, index, owner;
     uint64_t seed, arrival;
+    bool prompt_logprobs;
 } sent_sequence;
 
 typedef struct {
@@ -44,7 +45,8 @@ static void fake_submit(void *arg, Convoke__Control__Sequence *const *sequences,
                               .index = (int)s->sequence_index,
                               .owner = s->owner,
                               .seed = s->seed,
-                              .arrival = s->arrival};
+                              .arrival = s->arrival,
+                              .prompt_logprobs = s->prompt_logprobs};
         memcpy(to->tokens, s->tokens, s->n_tokens * sizeof *s->tokens);
         __atomic_store_n(&f->n_sent, f->n_sent + 1, __ATOMIC_RELEASE); /* one test looks from another thread */
     }
@@ -560,6 +562,373 @@ static void restart_with_journal(void **state)
     }
 }
 
+/* ---- edges ----------------------------------------------------------------------------------------------------------------- */
+
+static request *find_request(fixture *f, const char *id)
+{
+    request *r = NULL;
+    refusal why;
+    assert_int_equal(requests_find(f->all, id, &r, &why), REFUSAL_NONE);
+    return r;
+}
+
+static void attach_ahead(void **state)
+{
+    (void)state;
+    fixture *f = start();
+    request_wish w = wish_of("a"), w2 = wish_of("b");
+    request *r = open_request(f, &w), *r2 = open_request(f, &w2);
+    for (int i = 0; i < 2; i++)
+        say_token(f, f->sent[0].id, 21 + i);
+    reader *d = open_reader(f, r, 4, false), *far = open_reader(f, r2, 1000, false);
+    nothing_there(d, false);
+    say_token(f, f->sent[0].id, 23); /* what the client has seen before is computed again */
+    say_token(f, f->sent[0].id, 24);
+    assert_int_equal(f->wakes, 0);
+    nothing_there(d, false);
+    say_token(f, f->sent[0].id, 25);
+    output_piece p = take(d);
+    assert_int_equal(p.first_token, 4);
+    assert_int_equal(p.n_tokens, 1);
+    assert_int_equal(p.tokens[0].token, 25);
+    say_token(f, f->sent[1].id, 31);
+    nothing_there(far, false);
+    say_finished(f, f->sent[1].id, CONVOKE__CONTROL__FINISH__CANCELLED);
+    p = take(far); /* nothing but the end */
+    assert_int_equal(p.n_tokens, 0);
+    assert_int_equal(p.finish, FINISH_ABORTED);
+    reader_close(d);
+    reader_close(far);
+    request_release(r);
+    request_release(r2);
+    finish(f);
+}
+
+static void reattached_lives(void **state)
+{
+    (void)state;
+    fixture *f = start();
+    request_wish w = wish_of("a");
+    w.linger_ms = 30;
+    request *r = open_request(f, &w);
+    reader *owner = open_reader(f, r, 0, true);
+    reader_close(owner); /* the connection broke */
+    reader *guest = open_reader(f, r, 0, false);
+    usleep(50 * 1000);
+    requests_tick(f->all);
+    assert_int_equal(f->n_cancelled, 0);
+    reader_close(guest);
+    requests_tick(f->all);
+    assert_int_equal(f->n_cancelled, 0); /* its time begins when the last one leaves */
+    usleep(50 * 1000);
+    requests_tick(f->all);
+    assert_int_equal(f->n_cancelled, 1);
+    request_release(r);
+    finish(f);
+}
+
+static void end_at_the_kill(void **state)
+{
+    (void)state;
+    fixture *f = start();
+    request_wish full = wish_of("full"), over = wish_of("over");
+    full.max_new = 2;
+    request *r = open_request(f, &full), *r2 = open_request(f, &over);
+    reader *d = open_reader(f, r, 0, true), *d2 = open_reader(f, r2, 0, true);
+    say_started(f, f->sent[0].id, 0);
+    say_token(f, f->sent[0].id, 21);
+    say_token(f, f->sent[0].id, 22); /* the last one, and the workers die before they say so */
+    say_token(f, f->sent[1].id, 7);  /* end of sequence, the same */
+    requests_workers_lost(f->all);
+    requests_workers_ready(f->all);
+    assert_int_equal(f->n_sent, 2);
+    assert_int_equal(take(d).finish, FINISH_LENGTH);
+    assert_int_equal(take(d2).finish, FINISH_EOS);
+    requests_counts n;
+    requests_count(f->all, &n);
+    assert_int_equal(n.n_live + n.n_started + n.n_waiting, 0);
+    reader_close(d);
+    reader_close(d2);
+    request_release(r);
+    request_release(r2);
+    finish(f);
+}
+
+static void fewer_ranks(void **state)
+{
+    (void)state;
+    fixture *f = start();
+    request_wish w = wish_of("a");
+    w.owner = 1;
+    request *r = open_request(f, &w);
+    assert_int_equal(f->sent[0].owner, 1);
+    requests_workers_lost(f->all);
+    requests_limits less = limits;
+    less.n_ranks = 1;
+    requests_set_limits(f->all, &less);
+    requests_workers_ready(f->all);
+    assert_int_equal(f->sent[1].owner, -1);
+    request_release(r);
+    finish(f);
+}
+
+static requests_counts count(fixture *f)
+{
+    requests_counts n;
+    requests_count(f->all, &n);
+    return n;
+}
+
+static void pause_over_restart(void **state)
+{
+    (void)state;
+    fixture *f = start();
+    request_wish w = wish_of("a"), w2 = wish_of("b");
+    request *running = open_request(f, &w), *queued = open_request(f, &w2);
+    uint64_t first = f->sent[0].id, second = f->sent[1].id;
+    say_started(f, first, 0);
+    say_token(f, first, 21);
+    requests_workers_lost(f->all);
+    requests_pause(f->all, true, false); /* while there are no workers */
+    assert_int_equal(count(f).n_begun, 1);
+    requests_workers_ready(f->all);
+    assert_int_equal(f->n_sent, 3); /* what had begun goes on, what had not waits */
+    assert_int_equal(f->sent[2].id, first);
+    assert_int_equal(f->n_holds, 0);
+    say_started(f, first, 0);
+    for (int i = 0; i < 4; i++)
+        say_token(f, first, 22 + i);
+    say_finished(f, first, CONVOKE__CONTROL__FINISH__LENGTH);
+    assert_int_equal(count(f).n_begun, 0);
+    requests_pause(f->all, false, false);
+    assert_int_equal(f->n_sent, 4);
+    assert_int_equal(f->sent[3].id, second);
+    /* one that starts at the moment of the pause is held, and nobody waits for it */
+    requests_pause(f->all, true, false);
+    assert_int_equal(f->n_holds, 1);
+    say_started(f, second, 0);
+    assert_int_equal(count(f).n_begun, 0);
+    requests_pause(f->all, false, false);
+    assert_int_equal(f->n_releases, 1);
+    request_release(running);
+    request_release(queued);
+    finish(f);
+}
+
+static void say_prompt(fixture *f, uint64_t id, unsigned first, int n)
+{
+    Convoke__Control__TokenLogprob t[2] = {CONVOKE__CONTROL__TOKEN_LOGPROB__INIT, CONVOKE__CONTROL__TOKEN_LOGPROB__INIT};
+    Convoke__Control__TokenLogprob *both[2] = {&t[0], &t[1]};
+    Convoke__Control__Event e = CONVOKE__CONTROL__EVENT__INIT;
+    t[0].logprob = t[1].logprob = -1;
+    t[0].rank = t[1].rank = 1;
+    e.kind = CONVOKE__CONTROL__EVENT_KIND__PROMPT;
+    e.id = id;
+    e.first_position = first;
+    e.tokens = both;
+    e.n_tokens = (size_t)n;
+    say(f, &e);
+}
+
+static void prompt_of_many(void **state)
+{
+    (void)state;
+    fixture *f = start();
+    request_wish w = wish_of("a");
+    w.prompt_logprobs = true;
+    w.n = 2;
+    request *r = open_request(f, &w);
+    reader *d = open_reader(f, r, 0, true);
+    assert_true(f->sent[0].prompt_logprobs && !f->sent[1].prompt_logprobs);
+    say_token(f, f->sent[1].id, 31);
+    say_prompt(f, f->sent[0].id, 1, 1);
+    nothing_there(d, false);
+    requests_workers_lost(f->all);
+    requests_workers_ready(f->all);
+    assert_true(f->sent[2].prompt_logprobs && !f->sent[3].prompt_logprobs);
+    say_finished(f, f->sent[2].id, CONVOKE__CONTROL__FINISH__FAILED); /* nobody brings it now: no reason to wait */
+    output_piece p = take(d);
+    assert_true(p.has_prompt);
+    assert_null(p.prompt); /* not whole: rather none */
+    assert_int_equal(p.finish, FINISH_FAILED);
+    assert_int_equal(take(d).tokens[0].token, 31);
+    reader_close(d);
+    request_release(r);
+    finish(f);
+}
+
+static int32_t id_of(const tokenizer *t, const char *token)
+{
+    int32_t id = tokenizer_find(t, token);
+    assert_true(id >= 0);
+    return id;
+}
+
+static void early_stop_string(void **state)
+{
+    (void)state;
+    fixture *f = calloc(1, sizeof *f);
+    requests_options o = usual;
+    tokenizer *t = NULL;
+    assert_int_equal(tokenizer_load(support_source("deploy/models/convoke-demo"), &t), STATUS_OK);
+    o.tokenizer = t;
+    make_table(f, NULL, &o);
+    make_ready(f);
+    int32_t a = id_of(t, "a");
+    const char *stop = "aa";
+    for (int include = 0; include < 2; include++) {
+        request_wish w = wish_of(NULL);
+        w.no_text = false;
+        w.stops = &stop;
+        w.n_stops = 1;
+        w.min_new = 2;
+        w.include_stop = include;
+        request *r = open_request(f, &w);
+        reader *d = open_reader(f, r, 0, true);
+        for (int i = 0; i < 2; i++)
+            say_token(f, f->sent[include].id, a);
+        assert_int_equal(take(d).text_size, 2); /* too early to stop, so it is shown */
+        say_token(f, f->sent[include].id, a);   /* the stop string that ends here began in what is shown */
+        output_piece p = take(d);
+        assert_int_equal(p.finish, FINISH_STOP_STRING);
+        assert_int_equal(p.text_size, include);
+        reader_close(d);
+        request_release(r);
+    }
+    assert_int_equal(f->n_cancelled, 2);
+    finish(f);
+    tokenizer_destroy(t);
+}
+
+static void limits_of_lists(void **state)
+{
+    (void)state;
+    fixture *f = start();
+    static int32_t many[1001];
+    static const bias_wish biases[1001];
+    static const struct {
+        const char *why;
+        request_wish w;
+    } cases[] = {
+        {"stop_token_ids: 1001 tokens of a vocabulary of 1000", {.stop_ids = many, .n_stop_ids = 1001}},
+        {"allowed_token_ids: 1001", {.allowed = many, .n_allowed = 1001}},
+        {"logit_bias: 1001", {.biases = biases, .n_biases = 1001}},
+        {"output candidates: 1001", {.output_candidates = {.ids = many, .n_ids = 1001}}},
+        {"byte 2 is a control character", {.id = "id\n"}},
+        {"max_tokens, min_tokens", {.max_new = -1}},
+        {"n: -1", {.n = -1}},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        request_wish w = cases[i].w;
+        w.ids = prompt;
+        w.n_ids = 3;
+        w.owner = -1;
+        refusal why = refused(f, &w);
+        assert_int_equal(why.kind, REFUSAL_BAD);
+        if (!strstr(why.sentence, cases[i].why))
+            fail_msg("\"%s\" does not say \"%s\"", why.sentence, cases[i].why);
+    }
+    requests_limits large = {.vocab = 200000, .max_length = 100000, .kv_block = 16, .n_ranks = 1, .largest_kv_blocks = 100000};
+    requests_set_limits(f->all, &large);
+    request_wish w = wish_of("a");
+    w.output_candidates.all = true;
+    w.max_new = 90000;
+    refusal why = refused(f, &w);
+    assert_int_equal(why.kind, REFUSAL_TOO_LARGE);
+    assert_non_null(strstr(why.sentence, "output candidates: 90000 tokens with 200000 each"));
+    finish(f);
+}
+
+static void too_many_at_once(void **state)
+{
+    (void)state;
+    fixture *f = calloc(1, sizeof *f);
+    requests_options o = usual;
+    o.max_waiting = 3;
+    make_table(f, NULL, &o);
+    make_ready(f);
+    request_wish w = wish_of("a");
+    w.n = 4;
+    assert_int_equal(refused(f, &w).kind, REFUSAL_BAD); /* coming again later would not help */
+    finish(f);
+}
+
+/* Aborts "x" as soon as it is there: most often while the journal is still writing it down. */
+static void *abort_soon(void *arg)
+{
+    fixture *f = arg;
+    while (count(f).n_live == 0)
+        ;
+    requests_abort(f->all, "x");
+    return NULL;
+}
+
+static void aborted_at_once(void **state)
+{
+    (void)state;
+    const char *folder = support_scratch();
+    char path[4096];
+    snprintf(path, sizeof path, "%s/journal", folder);
+    fixture *f = calloc(1, sizeof *f);
+    make_table(f, path, &usual);
+    make_ready(f);
+    request_wish w = wish_of("x");
+    for (int i = 0; i < 10; i++) {
+        pthread_t thread;
+        assert_int_equal(pthread_create(&thread, NULL, abort_soon, f), 0);
+        request *r = open_request(f, &w); /* its id is free again each time */
+        pthread_join(thread, NULL);
+        request_release(r);
+    }
+    finish(f);
+    f = calloc(1, sizeof *f);
+    make_table(f, path, &usual);
+    make_ready(f);
+    assert_int_equal(f->n_sent, 0); /* aborted is aborted, over a restart too */
+    request *r = find_request(f, "x");
+    reader *d = open_reader(f, r, 0, false);
+    assert_int_equal(take(d).finish, FINISH_ABORTED);
+    reader_close(d);
+    request_release(r);
+    finish(f);
+    support_remove(folder);
+}
+
+static void unknown_until_replayed(void **state)
+{
+    (void)state;
+    fixture *f = calloc(1, sizeof *f);
+    request *r;
+    refusal why;
+    make_table(f, NULL, &usual);
+    requests_set_limits(f->all, &limits);
+    assert_int_equal(requests_find(f->all, "a", &r, &why), REFUSAL_UNAVAILABLE);
+    assert_int_equal(requests_replay(f->all), STATUS_OK);
+    assert_int_equal(requests_find(f->all, "a", &r, &why), REFUSAL_NOT_FOUND);
+    finish(f);
+}
+
+static void same_id_while_read(void **state)
+{
+    (void)state;
+    fixture *f = start();
+    request_wish w = wish_of("a");
+    request *r = open_request(f, &w);
+    reader *d = open_reader(f, r, 0, true);
+    say_token(f, f->sent[0].id, 21);
+    say_finished(f, f->sent[0].id, CONVOKE__CONTROL__FINISH__CANCELLED);
+    request *r2 = open_request(f, &w); /* the first is forgotten, but still read */
+    request_release(r);
+    assert_int_equal(take(d).tokens[0].token, 21);
+    nothing_there(d, true);
+    reader_close(d);
+    request *found = find_request(f, "a");
+    assert_ptr_equal(found, r2);
+    request_release(found);
+    request_release(r2);
+    finish(f);
+}
+
 /* One thread speaks for the workers, others open, read and close: for the thread sanitizer. */
 typedef struct {
     fixture *f;
@@ -666,6 +1035,18 @@ int main(void)
         {"a pause keeps back what is new, a freeze also what runs", pauses, NULL, NULL, NULL},
         {"prompt log-probabilities come whole and before any token", prompt_first, NULL, NULL, NULL},
         {"a new coordinator finds running and finished requests in the journal", restart_with_journal, NULL, NULL, NULL},
+        {"a client that knows more than a restarted coordinator gets each token once", attach_ahead, NULL, NULL, NULL},
+        {"a request that is read again after its owner left goes on as long as it is read", reattached_lives, NULL, NULL, NULL},
+        {"what ended as the workers died has ended", end_at_the_kill, NULL, NULL, NULL},
+        {"with fewer ranks than before nothing asks for one that is gone", fewer_ranks, NULL, NULL, NULL},
+        {"a pause during a restart lets go on what had begun, and waits for it alone", pause_over_restart, NULL, NULL, NULL},
+        {"of n sequences one that lives brings the prompt's log-probabilities", prompt_of_many, NULL, NULL, NULL},
+        {"text once shown is not taken back by a stop string that overlaps a too early one", early_stop_string, NULL, NULL, NULL},
+        {"lists longer than the vocabulary and candidates beyond all memory are refused", limits_of_lists, NULL, NULL, NULL},
+        {"more sequences than the queue holds are never worth a retry", too_many_at_once, NULL, NULL, NULL},
+        {"a request aborted while the journal takes it in stays aborted, and its id is free", aborted_at_once, NULL, NULL, NULL},
+        {"before the journal is read nobody is told that a request is unknown", unknown_until_replayed, NULL, NULL, NULL},
+        {"a forgotten request can be read to its end while another has its id", same_id_while_read, NULL, NULL, NULL},
         {"many threads open and read while workers speak", many_threads, NULL, NULL, NULL},
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
