@@ -2,9 +2,11 @@
 
 #include "proto/json.h"
 
+#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 enum { MAX_JSON_BYTES = 1 << 20, PATH_BYTES = 4096 };
@@ -40,13 +42,25 @@ static status read_defaults(const cJSON *json, sampling_defaults *d)
 /* The folder's own name, also for "." and for paths that end in a slash. */
 static status read_name(const char *dir, char name[256])
 {
+    struct stat facts;
     char *real = realpath(dir, NULL);
-    if (!real)
+    if (!real || stat(real, &facts) != 0 || !S_ISDIR(facts.st_mode)) {
+        free(real);
         return status_fail(STATUS_IO, "%s: there is no such model folder", dir);
+    }
     const char *slash = strrchr(real, '/');
     snprintf(name, 256, "%.255s", slash && slash[1] ? slash + 1 : real);
     free(real);
     return STATUS_OK;
+}
+
+/* A file that a model may lack; one that is there and cannot be reached is not lacking. */
+static status has_file(const char *path, bool *has)
+{
+    *has = access(path, F_OK) == 0;
+    if (*has || errno == ENOENT)
+        return STATUS_OK;
+    return status_fail(STATUS_IO, "%s: cannot be read (%s)", path, strerror(errno));
 }
 
 status model_settings_read(const char *dir, model_settings *out)
@@ -55,9 +69,11 @@ status model_settings_read(const char *dir, model_settings *out)
     *out = (model_settings){.defaults = {.temperature = 1}};
     TRY(read_name(dir, out->name));
     TRY(path_of(dir, "tokenizer.json", path));
-    out->has_tokenizer = access(path, F_OK) == 0;
+    TRY(has_file(path, &out->has_tokenizer));
     TRY(path_of(dir, "generation_config.json", path));
-    if (access(path, F_OK) != 0)
+    bool has_defaults;
+    TRY(has_file(path, &has_defaults));
+    if (!has_defaults)
         return STATUS_OK;
     cJSON *json;
     TRY(json_read_file(path, MAX_JSON_BYTES, &json));

@@ -584,10 +584,44 @@ static void *serve(void *arg)
 /* ---- start and stop ---- */
 
 /* What gRPC core has to say at level error, in our form. */
+/* While this thread opens the port: why it cannot. */
+static _Thread_local struct {
+    bool wanted;
+    char text[200];
+} port_trouble;
+
+/* Core has no error for a port but a nested log message: the system's words stand innermost, behind os_error. */
+static void note_port_trouble(const char *message)
+{
+    const char *at = strstr(message, "os_error:\""), *kind = strchr(message, ':');
+    const char *words = at ? at + strlen("os_error:\"") : kind ? kind + 1 : message;
+    size_t n = strcspn(words, at ? "\"" : "{");
+    while (n > 0 && words[n - 1] == ' ')
+        n--;
+    snprintf(port_trouble.text, sizeof port_trouble.text, "%.*s", (int)(n < 150 ? n : 150), words);
+}
+
 static void say(gpr_log_func_args *args)
 {
-    if (args->severity == GPR_LOG_SEVERITY_ERROR)
+    if (args->severity != GPR_LOG_SEVERITY_ERROR)
+        return;
+    if (port_trouble.wanted)
+        note_port_trouble(args->message);
+    else
         log_line("grpc: %s", args->message);
+}
+
+static status open_port(rpc_server *s, grpc_server_credentials *credentials)
+{
+    const char *address = s->options.address;
+    port_trouble.wanted = true;
+    port_trouble.text[0] = '\0';
+    s->port = grpc_server_add_http2_port(s->server, address, credentials);
+    port_trouble.wanted = false;
+    if (s->port > 0)
+        return STATUS_OK;
+    return status_fail(STATUS_IO, "cannot listen for gRPC clients on %s%s%s", address, *port_trouble.text ? ": " : "",
+                       port_trouble.text);
 }
 
 static status read_pem(const char *path, char **out)
@@ -699,12 +733,10 @@ status rpc_server_start(const rpc_options *options, rpc_server **out)
     s->queue = grpc_completion_queue_create_for_next(NULL);
     s->server = make_server(options);
     grpc_server_register_completion_queue(s->server, s->queue, NULL);
-    s->port = grpc_server_add_http2_port(s->server, options->address, credentials);
+    st = open_port(s, credentials);
     grpc_server_credentials_release(credentials);
-    if (s->port <= 0) {
-        st = status_fail(STATUS_IO, "gRPC: cannot listen on %s", options->address);
+    if (st != STATUS_OK)
         goto fail;
-    }
     if (pthread_create(&s->large_thread, NULL, serve_large, s)) {
         st = status_fail(STATUS_NO_MEMORY, "gRPC: cannot start a thread");
         goto fail;

@@ -4,6 +4,7 @@
 #include "cluster/door_grpc.h"
 #include "cluster/door_http.h"
 #include "proto/clock.h"
+#include "proto/control.h"
 #include "proto/log.h"
 #include "proto/options.h"
 
@@ -117,6 +118,10 @@ static status parse(int argc, char **argv, serve_options *o, options_wish *wish)
 
 static status check(const serve_options *o)
 {
+    char host[256], port[8];
+    TRY(control_split_address("--grpc", o->grpc, host, port));
+    if (o->http)
+        TRY(control_split_address("--http", o->http, host, port));
     if ((o->tls_cert != NULL) != (o->tls_key != NULL))
         return status_fail(STATUS_USAGE, "--tls-cert and --tls-key belong together");
     if (o->tls_client_ca && !o->tls_cert)
