@@ -32,7 +32,7 @@ static status read_defaults(const cJSON *json, sampling_defaults *d)
     TRY(read_wish(json, "temperature", 0, 100, &d->temperature));
     TRY(read_wish(json, "top_p", 0, 1, &d->top_p));
     TRY(read_wish(json, "min_p", 0, 1, &d->min_p));
-    TRY(read_wish(json, "repetition_penalty", 0, 1e6, &d->repetition_penalty));
+    TRY(read_wish(json, "repetition_penalty", 0, 1000, &d->repetition_penalty));
     int64_t top_k;
     TRY(json_get_int_or(json, "generation_config.json", "top_k", -1, INT32_MAX, 0, &top_k));
     d->top_k = top_k > 0 ? (int)top_k : 0;

@@ -101,7 +101,7 @@ static refusal_kind check_sampling(int vocab, const request_wish *w, refusal *wh
     TRY_REFUSE(check_range("min_p", w->min_p, 0, 1, why));
     TRY_REFUSE(check_range("presence_penalty", w->presence_penalty, -2, 2, why));
     TRY_REFUSE(check_range("frequency_penalty", w->frequency_penalty, -2, 2, why));
-    TRY_REFUSE(check_range("repetition_penalty", w->repetition_penalty, 0, 1e6F, why));
+    TRY_REFUSE(check_range("repetition_penalty", w->repetition_penalty, 0, 1000, why));
     if (w->n_biases > vocab)
         return refuse(why, REFUSAL_BAD, "logit_bias: %d tokens of a vocabulary of %d", w->n_biases, vocab);
     for (int i = 0; i < w->n_biases; i++) {
