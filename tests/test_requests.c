@@ -572,38 +572,6 @@ static request *find_request(fixture *f, const char *id)
     return r;
 }
 
-static void attach_ahead(void **state)
-{
-    (void)state;
-    fixture *f = start();
-    request_wish w = wish_of("a"), w2 = wish_of("b");
-    request *r = open_request(f, &w), *r2 = open_request(f, &w2);
-    for (int i = 0; i < 2; i++)
-        say_token(f, f->sent[0].id, 21 + i);
-    reader *d = open_reader(f, r, 4, false), *far = open_reader(f, r2, 1000, false);
-    nothing_there(d, false);
-    say_token(f, f->sent[0].id, 23); /* what the client has seen before is computed again */
-    say_token(f, f->sent[0].id, 24);
-    assert_int_equal(f->wakes, 0);
-    nothing_there(d, false);
-    say_token(f, f->sent[0].id, 25);
-    output_piece p = take(d);
-    assert_int_equal(p.first_token, 4);
-    assert_int_equal(p.n_tokens, 1);
-    assert_int_equal(p.tokens[0].token, 25);
-    say_token(f, f->sent[1].id, 31);
-    nothing_there(far, false);
-    say_finished(f, f->sent[1].id, CONVOKE__CONTROL__FINISH__CANCELLED);
-    p = take(far); /* nothing but the end */
-    assert_int_equal(p.n_tokens, 0);
-    assert_int_equal(p.finish, FINISH_ABORTED);
-    reader_close(d);
-    reader_close(far);
-    request_release(r);
-    request_release(r2);
-    finish(f);
-}
-
 static void reattached_lives(void **state)
 {
     (void)state;
@@ -1035,7 +1003,6 @@ int main(void)
         {"a pause keeps back what is new, a freeze also what runs", pauses, NULL, NULL, NULL},
         {"prompt log-probabilities come whole and before any token", prompt_first, NULL, NULL, NULL},
         {"a new coordinator finds running and finished requests in the journal", restart_with_journal, NULL, NULL, NULL},
-        {"a client that knows more than a restarted coordinator gets each token once", attach_ahead, NULL, NULL, NULL},
         {"a request that is read again after its owner left goes on as long as it is read", reattached_lives, NULL, NULL, NULL},
         {"what ended as the workers died has ended", end_at_the_kill, NULL, NULL, NULL},
         {"with fewer ranks than before nothing asks for one that is gone", fewer_ranks, NULL, NULL, NULL},
