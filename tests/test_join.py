@@ -47,6 +47,7 @@ class Workers:
         scratch = os.path.join(server.folder, "mpirun")  # a killed mpirun leaves its own there
         os.makedirs(scratch, exist_ok=True)
         environment = dict(server.environment, OMPI_MCA_mpi_yield_when_idle="1", TMPDIR=scratch)
+        environment["ASAN_OPTIONS"] = "detect_leaks=0:" + environment.get("ASAN_OPTIONS", "")  # Open MPI leaks
         self.process = subprocess.Popen([MPIRUN, "-np", str(ranks), WORKER, "--coordinator", control, "--secret-file", secret_file,
                                          "--connect-seconds", str(connect_seconds)], env=environment, stdin=subprocess.DEVNULL,
                                         stdout=self.log, stderr=self.log, start_new_session=True)
