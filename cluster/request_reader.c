@@ -69,30 +69,43 @@ static int find_news(reader *d)
 
 void readers_note(request *r)
 {
-    for (reader *d = r->readers; d; d = d->next)
-        if (d->armed && find_news(d) >= 0) {
-            d->armed = false;
-            d->waking = true;
-            d->next_to_wake = r->all->to_wake;
-            r->all->to_wake = d;
-        }
+    for (reader *d = r->readers; d; d = d->next) {
+        if (!d->armed || find_news(d) < 0)
+            continue;
+        d->armed = false;
+        if (d->queued)
+            continue; /* a wake is still to come, and will find this news, too */
+        d->queued = true;
+        d->next_to_wake = r->all->to_wake;
+        r->all->to_wake = d;
+    }
 }
 
+/* One at a time from the common list: several threads may wake, and a reader that closes takes itself off it. */
 void readers_wake(requests *all)
 {
     pthread_mutex_lock(&all->lock);
-    reader *d = all->to_wake;
-    all->to_wake = NULL;
-    while (d) {
-        reader *next = d->next_to_wake;
+    for (reader *d; (d = all->to_wake);) {
+        all->to_wake = d->next_to_wake;
+        d->queued = false;
+        d->calling++;
         pthread_mutex_unlock(&all->lock);
         d->wake(d->arg);
         pthread_mutex_lock(&all->lock);
-        d->waking = false;
+        d->calling--;
         pthread_cond_broadcast(&all->woken);
-        d = next;
     }
     pthread_mutex_unlock(&all->lock);
+}
+
+static void leave_queue(reader *d)
+{
+    reader **at = &d->request->all->to_wake;
+    while (d->queued && *at != d)
+        at = &(*at)->next_to_wake;
+    if (d->queued)
+        *at = d->next_to_wake;
+    d->queued = false;
 }
 
 /* ---- a client that does not keep up ---------------------------------------------------------------------------------------- */
@@ -226,9 +239,10 @@ void reader_close(reader *d)
     request *r = d->request;
     requests *all = r->all;
     pthread_mutex_lock(&all->lock);
-    while (d->waking)
+    leave(d); /* from here on nobody notes it */
+    leave_queue(d);
+    while (d->calling > 0)
         pthread_cond_wait(&all->woken, &all->lock);
-    leave(d);
     pthread_mutex_unlock(&all->lock);
     readers_wake(all); /* others may read this request, too */
     destroy(d);

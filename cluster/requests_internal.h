@@ -70,7 +70,10 @@ struct reader {
     request *request;
     reader *next;
     reader *next_to_wake;
-    bool owns, prompt_sent, armed, waking;
+    bool owns, prompt_sent;
+    bool armed;  /* it has seen that there was nothing, and wants to hear of news */
+    bool queued; /* stands in to_wake */
+    int calling; /* threads inside its wake */
     void (*wake)(void *arg);
     void *arg;
     int *token_place;   /* beyond n_tokens: the client knows tokens that are still to be computed again */

@@ -958,12 +958,29 @@ static void *be_client(void *arg)
     return NULL;
 }
 
+/* Time passes on a thread of its own, so that two threads wake readers at once. */
+typedef struct {
+    fixture *f;
+    bool over;
+} clockwork;
+
+static void *pass_time(void *arg)
+{
+    clockwork *c = arg;
+    while (!__atomic_load_n(&c->over, __ATOMIC_ACQUIRE))
+        requests_tick(c->f->all);
+    return NULL;
+}
+
 static void many_threads(void **state)
 {
     (void)state;
     fixture *f = start();
     pthread_t threads[3];
     client clients[3];
+    pthread_t ticker;
+    clockwork c = {.f = f};
+    assert_int_equal(pthread_create(&ticker, NULL, pass_time, &c), 0);
     for (int i = 0; i < 3; i++) {
         clients[i] = (client){f, i};
         assert_int_equal(pthread_create(&threads[i], NULL, be_client, &clients[i]), 0);
@@ -984,6 +1001,8 @@ static void many_threads(void **state)
         pthread_join(threads[i], &result);
         assert_null(result);
     }
+    __atomic_store_n(&c.over, true, __ATOMIC_RELEASE);
+    pthread_join(ticker, NULL);
     finish(f);
 }
 
