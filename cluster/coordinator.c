@@ -1,5 +1,6 @@
 /* coordinator.c - ties requests, journal, workers and metrics together. Each part has its own lock; the one here guards the few
- * facts that doors ask for. Order of locks: requests, then job; nothing is called with the lock here held. */
+ * facts that doors ask for. Order of locks: requests, then job; nothing is called with the lock here held, but for the watcher of
+ * the state, with one of its own, so that a door that has stopped watching can go. */
 #include "cluster/coordinator_run.h"
 
 #include "cluster/model_settings.h"
@@ -17,7 +18,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { MAX_WATCHERS = 4, MAX_TOKEN_BYTES = 512, SUMMARY_RANKS = 4096 };
+enum { MAX_TOKEN_BYTES = 512, SUMMARY_RANKS = 4096 };
 
 /* A string handed out by coordinator_info; lives as long as the coordinator. */
 typedef struct interned {
@@ -49,8 +50,8 @@ struct coordinator {
     serving_state state;
     bool was_ready, draining, paused, replayed;
     char last_sentence[1024];
-    state_watcher watchers[MAX_WATCHERS];
-    int n_watchers;
+    state_watcher watcher; /* guarded by watch_lock, which is held while it is called */
+    pthread_mutex_t watch_lock;
     /* of the workers, as last reported */
     uint64_t launch, n_launches, kv_free, n_running, prefix_queries, prefix_hits;
     uint32_t n_running_sequences, n_waiting_sequences;
@@ -81,16 +82,15 @@ static const char *intern(coordinator *c, const char *text)
 
 static void set_state(coordinator *c, serving_state state)
 {
+    pthread_mutex_lock(&c->watch_lock);
     pthread_mutex_lock(&c->lock);
     bool same = c->state == state;
     c->state = state;
-    state_watcher watchers[MAX_WATCHERS];
-    int n = c->n_watchers;
-    memcpy(watchers, c->watchers, sizeof watchers);
     pthread_cond_broadcast(&c->changed);
     pthread_mutex_unlock(&c->lock);
-    for (int i = 0; i < n && !same; i++)
-        watchers[i].changed(watchers[i].arg, state);
+    if (!same && c->watcher.changed)
+        c->watcher.changed(c->watcher.arg, state);
+    pthread_mutex_unlock(&c->watch_lock);
 }
 
 static void make_instance(char instance[33])
@@ -419,6 +419,7 @@ status coordinator_create(const coordinator_options *options, coordinator **out)
         return status_fail(STATUS_NO_MEMORY, "no memory for the coordinator");
     c->options = *options;
     pthread_mutex_init(&c->lock, NULL);
+    pthread_mutex_init(&c->watch_lock, NULL);
     pthread_cond_init(&c->changed, NULL);
     make_instance(c->instance);
     console_open(&c->console, STDERR_FILENO);
@@ -453,6 +454,7 @@ void coordinator_destroy(coordinator *c)
     free((void *)c->info.eos_ids);
     free(c->layer_numbers);
     pthread_mutex_destroy(&c->lock);
+    pthread_mutex_destroy(&c->watch_lock);
     pthread_cond_destroy(&c->changed);
     free(c);
 }
@@ -582,10 +584,9 @@ serving_state coordinator_state(coordinator *c)
 
 void coordinator_watch_state(coordinator *c, void (*changed)(void *arg, serving_state state), void *arg)
 {
-    pthread_mutex_lock(&c->lock);
-    if (c->n_watchers < MAX_WATCHERS)
-        c->watchers[c->n_watchers++] = (state_watcher){changed, arg};
-    pthread_mutex_unlock(&c->lock);
+    pthread_mutex_lock(&c->watch_lock);
+    c->watcher = (state_watcher){changed, arg};
+    pthread_mutex_unlock(&c->watch_lock);
 }
 
 bool coordinator_was_ready(coordinator *c)

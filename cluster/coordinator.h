@@ -55,7 +55,8 @@ const tokenizer *coordinator_tokenizer(coordinator *c);
 const char *coordinator_model_dir(coordinator *c);
 requests *coordinator_requests(coordinator *c);
 serving_state coordinator_state(coordinator *c);
-/* Called on every change of state, from the coordinator's thread; for health. One door, one function. */
+/* Called on every change of state, from whatever thread changes it; for health. One door, one function; NULL: none any more, and
+ * when this returns the last one does not run. Must not be called from within it. */
 void coordinator_watch_state(coordinator *c, void (*changed)(void *arg, serving_state state), void *arg);
 
 /* An admin's words. A door decides by coordinator_admin_ok() whether the speaker may: from loopback, or with the token. */

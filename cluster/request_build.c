@@ -330,13 +330,14 @@ static bool build_lists(const request_wish *w, Convoke__Journal__Request *spec)
            copy_candidates(&w->output_candidates, &s->output_candidates) && copy_stops(w, spec);
 }
 
-static bool build_names(const request_wish *w, Convoke__Journal__Request *spec)
+static bool build_names(const requests *all, const request_wish *w, Convoke__Journal__Request *spec)
 {
     char made_up[40];
     snprintf(made_up, sizeof made_up, "convoke-%016llx", (unsigned long long)fresh_number());
     spec->id = strdup(w->id && *w->id ? w->id : made_up);
     spec->client = strdup(w->client ? w->client : "");
-    return spec->id && spec->client;
+    spec->model = strdup(all->options.model_names[0]);
+    return spec->id && spec->client && spec->model;
 }
 
 static Convoke__Journal__Request *create_spec(void)
@@ -387,7 +388,7 @@ static refusal_kind fill_spec(requests *all, const requests_limits *limits, cons
     spec->no_text = w->no_text && w->n_stops == 0;
     spec->linger_ms = w->linger_ms > 0 ? (uint32_t)w->linger_ms : 0;
     spec->accepted = (double)time(NULL);
-    return build_names(w, spec) && build_lists(w, spec) ? REFUSAL_NONE : no_memory(why);
+    return build_names(all, w, spec) && build_lists(w, spec) ? REFUSAL_NONE : no_memory(why);
 }
 
 refusal_kind request_build(requests *all, const requests_limits *limits, const request_wish *w, Convoke__Journal__Request **out,

@@ -964,11 +964,27 @@ static status replay_finish(void *arg, const char *id, int sequence, const void 
     return STATUS_OK;
 }
 
+/* A journal of another model: its tokens mean nothing to this one. */
+static void fail_other_models(requests *all)
+{
+    for (request *r = all->first; r; r = r->next) {
+        if (!*r->spec->model || strcmp(r->spec->model, all->options.model_names[0]) == 0)
+            continue;
+        char why[400];
+        snprintf(why, sizeof why, "the request was accepted for model %.150s, and %.150s is served now", r->spec->model,
+                 all->options.model_names[0]);
+        for (int i = 0; i < r->n_sequences; i++)
+            if (find_sequence(all, r->sequences[i].wire_id) == &r->sequences[i])
+                fail_sequence(&r->sequences[i], REFUSAL_UNAVAILABLE, why);
+    }
+}
+
 status requests_replay(requests *all)
 {
     static const journal_visitor visitor = {.request = replay_request, .tokens = replay_tokens, .finish = replay_finish};
     pthread_mutex_lock(&all->lock);
     status st = journal_replay(all->options.journal, &visitor, all);
+    fail_other_models(all);
     all->replayed = true;
     pthread_mutex_unlock(&all->lock);
     return st;

@@ -71,11 +71,11 @@ static const requests_limits limits = {
 
 static void make_table(fixture *f, const char *journal_path, const requests_options *wish)
 {
-    static const char *const names[] = {"demo"};
+    static const char *const usual_names[] = {"demo"};
     static const requests_backend backend = {.submit = fake_submit, .cancel = fake_cancel, .hold = fake_hold};
     requests_options o = *wish;
     assert_int_equal(journal_open(journal_path, 1, &f->journal), STATUS_OK);
-    o.model_names = names;
+    o.model_names = wish->model_names ? wish->model_names : usual_names;
     o.n_model_names = 1;
     o.defaults = (sampling_defaults){.temperature = 0.5F};
     o.journal = f->journal;
@@ -862,6 +862,46 @@ static void aborted_at_once(void **state)
     support_remove(folder);
 }
 
+static void another_model(void **state)
+{
+    (void)state;
+    const char *folder = support_scratch();
+    static const char *const names[] = {"other"};
+    char path[4096];
+    snprintf(path, sizeof path, "%s/journal", folder);
+    fixture *f = calloc(1, sizeof *f);
+    make_table(f, path, &usual);
+    make_ready(f);
+    request_wish w = wish_of("running"), w2 = wish_of("over");
+    request *r = open_request(f, &w), *r2 = open_request(f, &w2);
+    say_token(f, f->sent[0].id, 21);
+    say_token(f, f->sent[0].id, 22);
+    say_token(f, f->sent[1].id, 7);
+    say_finished(f, f->sent[1].id, CONVOKE__CONTROL__FINISH__STOP);
+    request_release(r);
+    request_release(r2);
+    finish(f);
+    f = calloc(1, sizeof *f);
+    requests_options o = usual;
+    o.model_names = names;
+    make_table(f, path, &o);
+    make_ready(f);
+    assert_int_equal(f->n_sent, 0);
+    r = find_request(f, "running");
+    r2 = find_request(f, "over");
+    reader *d = open_reader(f, r, 0, false), *d2 = open_reader(f, r2, 0, false);
+    output_piece p = take(d);
+    assert_int_equal(p.finish, FINISH_FAILED);
+    assert_non_null(strstr(p.failed.sentence, "accepted for model demo, and other is served now"));
+    assert_int_equal(take(d2).finish, FINISH_EOS);
+    reader_close(d);
+    reader_close(d2);
+    request_release(r);
+    request_release(r2);
+    finish(f);
+    support_remove(folder);
+}
+
 static void unknown_until_replayed(void **state)
 {
     (void)state;
@@ -1031,6 +1071,7 @@ int main(void)
         {"lists longer than the vocabulary and candidates beyond all memory are refused", limits_of_lists, NULL, NULL, NULL},
         {"more sequences than the queue holds are never worth a retry", too_many_at_once, NULL, NULL, NULL},
         {"a request aborted while the journal takes it in stays aborted, and its id is free", aborted_at_once, NULL, NULL, NULL},
+        {"requests of another model in the journal are not continued by this one", another_model, NULL, NULL, NULL},
         {"before the journal is read nobody is told that a request is unknown", unknown_until_replayed, NULL, NULL, NULL},
         {"a forgotten request can be read to its end while another has its id", same_id_while_read, NULL, NULL, NULL},
         {"many threads open and read while workers speak", many_threads, NULL, NULL, NULL},
