@@ -164,6 +164,7 @@ static void whole_piece(generation *g, int sequence)
     g->piece.candidates_of_token = s->has_candidates ? s->n_candidates : NULL;
     g->piece.text = s->text;
     g->piece.text_size = s->text_size;
+    g->piece.text_after = NULL; /* it is never cut */
 }
 
 const int32_t *generation_ids(const generation *g, int sequence, int *n)
@@ -188,7 +189,13 @@ static size_t cut_text(const char *text, size_t size, size_t room)
     return at;
 }
 
-/* The next part of the piece; false: it was the last. Tokens first, then text into what room is left. */
+/* Bytes of the piece's text that come with its first n tokens. */
+static size_t text_with(const output_piece *p, int n)
+{
+    return p->text_after && n > 0 ? p->text_after[n - 1] : 0;
+}
+
+/* The next part of the piece; false: it was the last. Tokens with their text, then what text is left. */
 static bool cut(generation *g, output_piece *part)
 {
     enum { TOKEN = 16, CANDIDATE = 20 }; /* bytes on the wire, about */
@@ -200,17 +207,18 @@ static bool cut(generation *g, output_piece *part)
     part->has_prompt = p->has_prompt && first;
     while (n < n_left && (n == 0 || used < room)) {
         int here = p->candidates_of_token ? p->candidates_of_token[g->n_said_tokens + n] : 0;
-        used += TOKEN + (size_t)here * CANDIDATE;
+        used += TOKEN + (size_t)here * CANDIDATE + text_with(p, g->n_said_tokens + n + 1) - text_with(p, g->n_said_tokens + n);
         n_candidates += here;
         n++;
     }
+    size_t with = text_with(p, g->n_said_tokens + n), own = with > g->said_text ? with - g->said_text : 0;
     part->first_token = p->first_token + g->n_said_tokens;
     part->tokens = p->tokens + g->n_said_tokens;
     part->n_tokens = n;
     part->candidates = p->candidates ? p->candidates + g->n_said_candidates : NULL;
     part->candidates_of_token = p->candidates_of_token ? p->candidates_of_token + g->n_said_tokens : NULL;
     part->text = p->text_size ? p->text + g->said_text : "";
-    part->text_size = n < n_left ? 0 : cut_text(part->text, p->text_size - g->said_text, used < room ? room - used : 1);
+    part->text_size = n < n_left ? own : cut_text(part->text, p->text_size - g->said_text, own + (used < room ? room - used : 1));
     g->n_said_tokens += n;
     g->n_said_candidates += n_candidates;
     g->said_text += part->text_size;

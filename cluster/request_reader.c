@@ -144,7 +144,7 @@ void readers_hold_slow(request *r)
 
 static void destroy(reader *d)
 {
-    bytes_writer *all[] = {&d->tokens, &d->candidates,        &d->counts,       &d->text,
+    bytes_writer *all[] = {&d->tokens, &d->candidates,        &d->counts,       &d->text, &d->text_after,
                            &d->prompt, &d->prompt_candidates, &d->prompt_counts};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         bytes_clear(all[i]);
@@ -284,6 +284,12 @@ static void take_tokens(reader *d, int i, output_piece *p)
     p->first_token = from;
     p->n_tokens = o->n_tokens - from;
     p->tokens = copy(&d->tokens, o->tokens + from, (size_t)p->n_tokens * sizeof *o->tokens);
+    bytes_reset(&d->text_after);
+    for (int t = from; t < o->n_tokens; t++) {
+        size_t after = o->shown_after[t] - d->text_place[i];
+        bytes_put(&d->text_after, &after, sizeof after);
+    }
+    p->text_after = (const size_t *)(const void *)d->text_after.data;
     d->token_place[i] = o->n_tokens;
     if (!r->spec->sequence->output_candidates)
         return;

@@ -142,11 +142,13 @@ typedef struct {
     const int *candidates_of_token; /* [n_tokens]; NULL: none asked for */
     const char *text;               /* what may be shown now, beyond the last piece; UTF-8, whole characters */
     size_t text_size;
-    finish_kind finish;      /* FINISH_NONE: more will come */
-    int n_output;            /* of the sequence in all, when finished */
-    int32_t stop_token;      /* STOP_TOKEN, EOS */
-    const char *stop_string; /* STOP_STRING */
-    refusal failed;          /* FINISH_FAILED: why, to be said as an error of the call */
+    const size_t *text_after; /* [n_tokens] how much of it each token has brought us to, so that a client that leaves off behind
+                               * any token has its text; NULL: only the whole piece can be shown */
+    finish_kind finish;       /* FINISH_NONE: more will come */
+    int n_output;             /* of the sequence in all, when finished */
+    int32_t stop_token;       /* STOP_TOKEN, EOS */
+    const char *stop_string;  /* STOP_STRING */
+    refusal failed;           /* FINISH_FAILED: why, to be said as an error of the call */
 } output_piece;
 
 typedef struct reader reader;

@@ -81,7 +81,7 @@ struct reader {
     bool *finish_sent;
     int next_sequence, n_done;
     bool holding; /* the sequences are held for it */
-    bytes_writer tokens, candidates, counts, text, prompt, prompt_candidates, prompt_counts;
+    bytes_writer tokens, candidates, counts, text, text_after, prompt, prompt_candidates, prompt_counts;
 };
 
 struct requests {

@@ -316,6 +316,24 @@ def test_not_reading_over_a_restart(server, pb, convoke):
     assert tokens == expected
 
 
+def test_broken_within_a_piece(server, pb, convoke):
+    """What has gathered for a client that did not read comes in several messages; each has the text of its tokens."""
+    expected = Stream(server, pb, request(pb, 400)).end_well()
+    r = request(pb, 400, "within")
+    r.response.output_candidates.all = True
+    call = server.stream(STREAM, r, pb.GenerateResponse, metadata=(("x-linger-ms", "60000"),))
+    tokens, text = [], ""
+    time.sleep(1)
+    for response in call:
+        tokens += response.outputs.token_ids
+        text += response.outputs.text
+        if response.outputs.num_tokens > 10:  # a message has room for about thirteen
+            break
+    call.cancel()
+    a = attach(server, pb, convoke, "within", len(tokens)).end_well()
+    assert tokens + a.tokens[0] == expected.tokens[0] and text + a.text[0] == expected.text[0], (len(tokens), text)
+
+
 def control(server, pb, name, **fields):
     server.call("/vllm.Control/" + name, getattr(pb, name + "Request")(**fields), getattr(pb, name + "Response"))
 
@@ -375,6 +393,7 @@ def test_killed_coordinator(folder, pb, convoke):
         refuses_to_start(folder, "in use by another coordinator", "--journal", journal)
         reference = [Stream(server, pb, mixed(pb, i)).end_well() for i in (0, 3)]
         streams = [Stream(server, pb, mixed(pb, i, f"cut-{i}")) for i in (0, 3)]
+        test_broken_within_a_piece(server, pb, convoke)
         gone = Stream(server, pb, request(pb, 1000, "gone"))
         for s in [gone] + streams:
             s.wait_for(20)
