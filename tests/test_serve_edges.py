@@ -342,7 +342,8 @@ def test_pauses(server, pb):
     abort, wait, keep = 1, 2, 3
     for restart in (False, True):
         for mode in (abort, wait, keep):
-            running = Stream(server, pb, request(pb, 150)).wait_for(3)
+            n_new = 2000 if mode == abort else 300  # aborted ones must not be over before
+            running = Stream(server, pb, request(pb, n_new)).wait_for(3)
             if restart:
                 os.kill(server.workers()[1], signal.SIGKILL)
                 time.sleep(0.1)
@@ -357,7 +358,7 @@ def test_pauses(server, pb):
             assert new.n_tokens == 0 and (mode != keep or running.n_tokens - before <= 5)
             control(server, pb, "ResumeGeneration")
             new.end_well()
-            assert mode == abort or running.end_well().n_tokens == 150
+            assert mode == abort or running.end_well().n_tokens == n_new
 
 
 def generate(server, *arguments, **more):
@@ -394,7 +395,7 @@ def test_killed_coordinator(folder, pb, convoke):
         reference = [Stream(server, pb, mixed(pb, i)).end_well() for i in (0, 3)]
         streams = [Stream(server, pb, mixed(pb, i, f"cut-{i}")) for i in (0, 3)]
         test_broken_within_a_piece(server, pb, convoke)
-        gone = Stream(server, pb, request(pb, 1000, "gone"))
+        gone = Stream(server, pb, request(pb, 2000, "gone"))
         for s in [gone] + streams:
             s.wait_for(20)
         server.process.kill()
