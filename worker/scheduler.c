@@ -18,8 +18,8 @@ enum {
 /* Two wishes pull against each other: running streams want short steps, a prompt wants many rows in each. A step may take so many
  * times what its decoding rows take alone; but prompts never get so few rows that they take more than so many times as long as
  * on an idle machine. */
-#define ADAPTIVE_STEP 1.7
-#define MOST_SLOWDOWN 2.5
+#define ADAPTIVE_STEP 1.55
+#define MOST_SLOWDOWN 2.7
 #define NO_BUDGET     1e8 /* seconds: whoever says so wants the whole chunk */
 #define PROMPT_CHARGE 1.0
 #define TOKEN_CHARGE  2.0

@@ -20,10 +20,10 @@
  * does in the end. Held ones also make room for those who wait.
  *
  * Rows: every decoding sequence gets its one. Prompts get rows as long as the step is expected to stay within the budget
- * (step_cost.h), the same limit on every rank; with nobody decoding, as many as fit. The budget chosen here is 1.7 times the step
- * of the decoding rows alone, or what it takes that a prompt needs at most 2.5 times as long as on an idle machine. On a rank
- * half of the prompt rows go to the best prompt (priority, then age), so that none starves, and half to the shortest, so that a
- * question of ten tokens does not wait for a book.
+ * (step_cost.h), the same limit on every rank; with nobody decoding, as many as fit. The budget chosen here is 1.55 times the
+ * step of the decoding rows alone, or what it takes that a prompt needs at most 2.7 times as long as on an idle machine. On a
+ * rank half of the prompt rows go to the best prompt (priority, then age), so that none starves, and half to the shortest, so
+ * that a question of ten tokens does not wait for a book.
  *
  * None of this changes a token: kernels do not care how rows are grouped (model.h). */
 #ifndef CONVOKE_WORKER_SCHEDULER_H
