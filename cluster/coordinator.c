@@ -7,6 +7,7 @@
 #include "cluster/requests_workers.h"
 #include "proto/clock.h"
 #include "proto/console.h"
+#include "proto/control.h"
 #include "proto/log.h"
 
 #include <fcntl.h>
@@ -53,8 +54,7 @@ struct coordinator {
     state_watcher watcher; /* guarded by watch_lock, which is held while it is called */
     pthread_mutex_t watch_lock;
     /* of the workers, as last reported */
-    uint64_t launch, n_launches, kv_free, n_running, prefix_queries, prefix_hits;
-    uint32_t n_running_sequences, n_waiting_sequences;
+    uint64_t n_launches, kv_free, prefix_queries, prefix_hits;
     double rate_at, generated_per_second;
     unsigned long long rate_tokens;
     int *layer_numbers;
@@ -213,7 +213,6 @@ static void note_ready(coordinator *c, const Convoke__Control__Ready *ready, con
         c->bytes[k] = 0;
     }
     c->kv_free = i->kv_blocks;
-    c->launch = ready->launch;
     c->n_launches++;
     c->was_ready = true;
     pthread_mutex_unlock(&c->lock);
@@ -335,8 +334,6 @@ static void on_report(void *arg, const Convoke__Control__Report *r)
         return; /* more of this step follows; the numbers come with its last part */
     pthread_mutex_lock(&c->lock);
     c->kv_free = sum_u32(r->kv_free_of_rank, r->n_kv_free_of_rank);
-    c->n_running_sequences = r->n_running;
-    c->n_waiting_sequences = r->n_waiting;
     c->prefix_queries = r->prefix_queries;
     c->prefix_hits = r->prefix_hits;
     for (size_t k = 0; k < r->n_tokens_of_rank && k < SUMMARY_RANKS; k++)
@@ -632,19 +629,9 @@ static bool is_loopback(const char *peer)
     return false;
 }
 
-/* Takes the same time wherever they differ. */
-static bool same_token(const char *mine, const char *theirs)
-{
-    size_t n = strlen(mine), m = strlen(theirs);
-    unsigned differ = n != m;
-    for (size_t i = 0; i < m; i++)
-        differ |= (unsigned char)theirs[i] ^ (unsigned char)mine[n > 0 ? i % n : 0];
-    return differ == 0;
-}
-
 bool coordinator_admin_ok(coordinator *c, const char *peer, const char *token)
 {
-    if (*c->admin_token && token && same_token(c->admin_token, token))
+    if (*c->admin_token && token && control_bytes_equal(c->admin_token, strlen(c->admin_token), token, strlen(token)))
         return true;
     return is_loopback(peer);
 }

@@ -2,6 +2,7 @@
 
 #include "proto/bytes.h"
 #include "proto/clock.h"
+#include "proto/hash.h"
 #include "proto/log.h"
 
 #include <pthread.h>
@@ -71,9 +72,7 @@ struct journal_writer {
 
 static uint64_t hash_id(const journal_writer *w, const char *id)
 {
-    uint64_t h = w->seed;
-    for (; *id; id++)
-        h = (h ^ (unsigned char)*id) * 0x100000001b3u;
+    uint64_t h = hash_bytes(w->seed, id, strlen(id));
     return h ^ (h >> 29);
 }
 

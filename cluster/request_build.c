@@ -3,6 +3,7 @@
 #include "cluster/requests_internal.h"
 
 #include "proto/clock.h"
+#include "proto/hash.h"
 
 #include <math.h>
 #include <stdarg.h>
@@ -285,10 +286,7 @@ static uint64_t client_key(const char *client)
 {
     const char *end = client ? strrchr(client, ':') : NULL;
     size_t n = end ? (size_t)(end - client) : client ? strlen(client) : 0;
-    uint64_t hash = 0xcbf29ce484222325U; /* FNV-1a */
-    for (size_t i = 0; i < n; i++)
-        hash = (hash ^ (unsigned char)client[i]) * 0x100000001b3U;
-    return hash;
+    return hash_bytes(HASH_START, client, n);
 }
 
 static uint64_t fresh_number(void)

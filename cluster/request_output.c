@@ -42,19 +42,19 @@ static status grow(sequence_output *o)
     return STATUS_OK;
 }
 
-static status add_candidates(sequence_output *o, const token_info *from, size_t n)
+status candidates_add(token_info **items, size_t *n_items, size_t *capacity, Convoke__Control__TokenLogprob *const *from,
+                      size_t n)
 {
-    if (o->n_candidates + n > o->candidate_capacity) {
-        size_t capacity = 2 * (o->n_candidates + n) + 32;
-        token_info *grown = realloc(o->candidates, capacity * sizeof *grown);
+    if (*n_items + n > *capacity) {
+        size_t room = 2 * (*n_items + n) + 32;
+        token_info *grown = realloc(*items, room * sizeof *grown);
         if (!grown)
-            return status_fail(STATUS_NO_MEMORY, "no memory for the output of a sequence");
-        o->candidates = grown;
-        o->candidate_capacity = capacity;
+            return status_fail(STATUS_NO_MEMORY, "no memory for the candidates of a sequence");
+        *items = grown;
+        *capacity = room;
     }
-    if (n > 0)
-        memcpy(o->candidates + o->n_candidates, from, n * sizeof *from);
-    o->n_candidates += n;
+    for (size_t i = 0; i < n; i++)
+        (*items)[(*n_items)++] = token_info_of(from[i]);
     return STATUS_OK;
 }
 
@@ -104,19 +104,21 @@ static bool is_eos(const request *r, int32_t token)
     return false;
 }
 
-status output_append(request *r, sequence_output *o, const token_info *token, const token_info *candidates, size_t n_candidates)
+status output_append(request *r, sequence_output *o, const Convoke__Control__TokenLogprob *said,
+                     Convoke__Control__TokenLogprob *const *candidates, size_t n_candidates)
 {
+    token_info token = token_info_of(said);
     TRY(grow(o));
-    TRY(add_candidates(o, candidates, n_candidates));
+    TRY(candidates_add(&o->candidates, &o->n_candidates, &o->candidate_capacity, candidates, n_candidates));
     /* The token that ends a sequence is not part of its text, unless stop strings are. */
-    bool ends = is_stop_id(r, token->token) || is_eos(r, token->token);
+    bool ends = is_stop_id(r, token.token) || is_eos(r, token.token);
     if (o->stream && (!ends || r->spec->include_stop)) {
         const char *text;
         size_t size;
-        TRY(tokenizer_stream_push(o->stream, token->token, &text, &size));
+        TRY(tokenizer_stream_push(o->stream, token.token, &text, &size));
         TRY(add_text(r, o, text, size));
     }
-    o->tokens[o->n_tokens] = *token;
+    o->tokens[o->n_tokens] = token;
     o->candidates_after[o->n_tokens] = o->n_candidates;
     o->shown_after[o->n_tokens++] = o->shown;
     return STATUS_OK;

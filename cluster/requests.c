@@ -2,6 +2,7 @@
 #include "cluster/requests_internal.h"
 
 #include "proto/clock.h"
+#include "proto/hash.h"
 #include "proto/log.h"
 
 #include <stdio.h>
@@ -57,10 +58,7 @@ void requests_destroy(requests *all)
 
 static request **bucket_of(requests *all, const char *id)
 {
-    uint64_t hash = 0xcbf29ce484222325U; /* FNV-1a */
-    for (; *id; id++)
-        hash = (hash ^ (unsigned char)*id) * 0x100000001b3U;
-    return &all->by_id[hash % all->n_buckets];
+    return &all->by_id[hash_bytes(HASH_START, id, strlen(id)) % all->n_buckets];
 }
 
 static request *find(requests *all, const char *id)
@@ -582,11 +580,6 @@ int requests_list(requests *all, request_summary *out, int max)
 /* ---- from the workers --------------------------------------------------------------------------------------------------------
  */
 
-static token_info info_of(const Convoke__Control__TokenLogprob *t)
-{
-    return (token_info){.token = (int32_t)t->token, .logprob = t->logprob, .rank = (int)t->rank};
-}
-
 static void sequence_started(request_sequence *s, const Convoke__Control__Event *e)
 {
     requests *all = s->request->all;
@@ -605,31 +598,6 @@ static void sequence_started(request_sequence *s, const Convoke__Control__Event 
     all->last_start = now;
 }
 
-static status copy_candidates(const Convoke__Control__Event *e, size_t first, size_t n, token_info **out)
-{
-    *out = malloc((n + 1) * sizeof **out);
-    if (!*out)
-        return status_fail(STATUS_NO_MEMORY, "no memory for the candidates of a token");
-    for (size_t i = 0; i < n; i++)
-        (*out)[i] = info_of(e->candidates[first + i]);
-    return STATUS_OK;
-}
-
-static status add_prompt_candidates(request *r, Convoke__Control__TokenLogprob *const *from, size_t n)
-{
-    size_t needed = r->n_prompt_candidates + n;
-    if (needed > r->prompt_candidate_capacity) {
-        token_info *grown = realloc(r->prompt_candidates, 2 * needed * sizeof *grown);
-        if (!grown)
-            return status_fail(STATUS_NO_MEMORY, "no memory for the candidates of a prompt");
-        r->prompt_candidates = grown;
-        r->prompt_candidate_capacity = 2 * needed;
-    }
-    for (size_t i = 0; i < n; i++)
-        r->prompt_candidates[r->n_prompt_candidates++] = info_of(from[i]);
-    return STATUS_OK;
-}
-
 /* Log-probabilities of prompt tokens come in order. After a preemption or a new launch they come from the start again; what is
  * here already is the same. */
 static status prompt_scored(request *r, const Convoke__Control__Event *e)
@@ -640,9 +608,10 @@ static status prompt_scored(request *r, const Convoke__Control__Event *e)
         if (at + n > e->n_candidates)
             return status_fail(STATUS_BAD_INPUT, "a report has fewer candidates than it says");
         if ((int)e->first_position + (int)i == r->n_prompt_done) {
-            r->prompt[r->n_prompt_done] = info_of(e->tokens[i]);
+            r->prompt[r->n_prompt_done] = token_info_of(e->tokens[i]);
             r->candidates_of_prompt[r->n_prompt_done++] = (int)n;
-            TRY(add_prompt_candidates(r, e->candidates + at, n));
+            TRY(candidates_add(&r->prompt_candidates, &r->n_prompt_candidates, &r->prompt_candidate_capacity, e->candidates + at,
+                               n));
         }
         at += n;
     }
@@ -689,13 +658,8 @@ static status append_tokens(request_sequence *s, const Convoke__Control__Event *
         size_t n = i < e->n_candidates_of_token ? e->candidates_of_token[i] : 0;
         if (at + n > e->n_candidates)
             return status_fail(STATUS_BAD_INPUT, "a report has fewer candidates than it says");
-        token_info token = info_of(e->tokens[i]), *candidates = NULL;
-        if (n > 0)
-            TRY(copy_candidates(e, at, n, &candidates));
+        TRY(output_append(s->request, &s->out, e->tokens[i], e->candidates + at, n));
         at += n;
-        status st = output_append(s->request, &s->out, &token, candidates, n);
-        free(candidates);
-        TRY(st);
     }
     return STATUS_OK;
 }

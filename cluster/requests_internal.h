@@ -120,7 +120,15 @@ void request_destroy(request *r);
 /* request_output.c. append: one token as the workers gave it; sets finish when it ends the sequence by a stop string. */
 status output_start(sequence_output *o, const requests_options *options, const Convoke__Journal__Request *spec);
 void output_clear(sequence_output *o);
-status output_append(request *r, sequence_output *o, const token_info *token, const token_info *candidates, size_t n_candidates);
+status output_append(request *r, sequence_output *o, const Convoke__Control__TokenLogprob *said,
+                     Convoke__Control__TokenLogprob *const *candidates, size_t n_candidates);
+/* Appends what a message says to a growing list. */
+status candidates_add(token_info **items, size_t *n_items, size_t *capacity, Convoke__Control__TokenLogprob *const *from,
+                      size_t n);
+static inline token_info token_info_of(const Convoke__Control__TokenLogprob *t)
+{
+    return (token_info){.token = (int32_t)t->token, .logprob = t->logprob, .rank = (int)t->rank};
+}
 /* The workers, or we, say that it is over. */
 finish_kind output_should_end(const request *r, const sequence_output *o);
 void output_finish(request *r, sequence_output *o, finish_kind kind);

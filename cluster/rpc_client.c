@@ -6,6 +6,8 @@
  * STATUS is always the last to matter; until it and the two others have come back, the call's memory must stay. */
 #include "cluster/rpc_client.h"
 
+#include "cluster/rpc_tsan.h"
+
 #include <errno.h>
 #include <grpc/byte_buffer.h>
 #include <grpc/byte_buffer_reader.h>
@@ -18,18 +20,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-/* gRPC core is not built for ThreadSanitizer, which therefore cannot see that what happened before an operation was started
- * happened before its completion. These say so. */
-#if defined(__SANITIZE_THREAD__)
-void __tsan_acquire(void *);
-void __tsan_release(void *);
-#define HANDED_OVER(tag) __tsan_release(tag)
-#define TAKEN_OVER(tag)  __tsan_acquire(tag)
-#else
-#define HANDED_OVER(tag) (void)(tag)
-#define TAKEN_OVER(tag)  (void)(tag)
-#endif
 
 enum { MOST_MESSAGE = 64 << 20, MOST_PEM = 1 << 20 };
 

@@ -11,6 +11,8 @@
  *
  * Of a call's objects one reference belongs to CLOSED, and one to each operation and poke under way. */
 #include "cluster/rpc_server.h"
+
+#include "cluster/rpc_tsan.h"
 #include "cluster/wire_check.h"
 #include "proto/clock.h"
 #include "proto/log.h"
@@ -28,18 +30,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-/* gRPC core is not built for ThreadSanitizer, which therefore cannot see that what happened before an operation was started
- * happened before its completion. These say so. */
-#if defined(__SANITIZE_THREAD__)
-void __tsan_acquire(void *);
-void __tsan_release(void *);
-#define HANDED_OVER(tag) __tsan_release(tag)
-#define TAKEN_OVER(tag)  __tsan_acquire(tag)
-#else
-#define HANDED_OVER(tag) (void)(tag)
-#define TAKEN_OVER(tag)  (void)(tag)
-#endif
 
 enum { N_THREADS = 2, N_WAITING = 64, MAX_TRAILERS = 2, LARGE_REQUEST = 32 * 1024 };
 

@@ -106,13 +106,18 @@ status control_secret_make(control_secret *out)
     return STATUS_OK;
 }
 
+bool control_bytes_equal(const void *secret, size_t n_secret, const void *bytes, size_t n)
+{
+    const unsigned char *s = secret, *b = bytes;
+    unsigned char differs = n != n_secret;
+    for (size_t i = 0; i < n_secret; i++)
+        differs |= (unsigned char)(s[i] ^ (i < n ? b[i] : 0));
+    return !differs;
+}
+
 bool control_secret_equal(const control_secret *secret, const void *bytes, size_t n)
 {
-    const unsigned char *b = bytes;
-    unsigned char differs = n != (size_t)secret->n;
-    for (int i = 0; i < secret->n; i++)
-        differs |= (unsigned char)((unsigned char)secret->text[i] ^ ((size_t)i < n ? b[i] : 0));
-    return !differs;
+    return control_bytes_equal(secret->text, (size_t)secret->n, bytes, n);
 }
 
 /* ---- addresses and sockets ---- */

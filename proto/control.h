@@ -36,6 +36,7 @@ typedef struct {
 status control_secret_read(const char *path, control_secret *out);
 status control_secret_make(control_secret *out);
 /* Takes the same time wherever they differ. */
+bool control_bytes_equal(const void *secret, size_t n_secret, const void *bytes, size_t n);
 bool control_secret_equal(const control_secret *secret, const void *bytes, size_t n);
 
 /* "HOST:PORT" or "[V6]:PORT" (port 0 .. 65535; the host may be empty: *host is ""). `where` names the option in the sentence. */

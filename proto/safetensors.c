@@ -6,6 +6,7 @@
  * exactly once: sorted by offset, each begins where the one before ended. One comparison per tensor then refuses overlaps,
  * holes, a cut file and bytes behind the end. */
 #include "proto/safetensors.h"
+#include "proto/hash.h"
 
 #include "proto/json.h"
 
@@ -172,9 +173,7 @@ static bool is_utf8(const unsigned char *s, size_t n)
 
 static size_t name_hash(const char *name)
 {
-    uint64_t h = 0xcbf29ce484222325u;
-    for (; *name; name++)
-        h = (h ^ (unsigned char)*name) * 0x100000001b3u;
+    uint64_t h = hash_bytes(HASH_START, name, strlen(name));
     return (size_t)(h ^ (h >> 29));
 }
 

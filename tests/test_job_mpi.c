@@ -92,20 +92,25 @@ static void stop_and_look(void)
     assert_int_equal(count_entries("/dev/shm", prefix), 0);
 }
 
+static job_options usual(int n_ranks)
+{
+    return (job_options){.n_ranks = n_ranks,
+                         .worker = worker,
+                         .model_dir = model,
+                         .weights = "map",
+                         .combine = "fixed",
+                         .rows = "fp32",
+                         .threads = 1,
+                         .max_sequences = 8,
+                         .hang_seconds = HANG_SECONDS,
+                         .load_seconds = 20,
+                         .max_failures = 100,
+                         .failure_minutes = 10};
+}
+
 static void start(int n_ranks)
 {
-    job_options o = {.n_ranks = n_ranks,
-                     .worker = worker,
-                     .model_dir = model,
-                     .weights = "map",
-                     .combine = "fixed",
-                     .rows = "fp32",
-                     .threads = 1,
-                     .max_sequences = 8,
-                     .hang_seconds = HANG_SECONDS,
-                     .load_seconds = 20,
-                     .max_failures = 100,
-                     .failure_minutes = 10};
+    job_options o = usual(n_ranks);
     if (job_start(&o, &job_log_listener, &job_events, &job_events.job) != STATUS_OK)
         fail_msg("%s", status_message());
     if (!job_log_wait_state(&job_events, JOB_READY, 1, 30))
@@ -189,17 +194,10 @@ static void stopped_while_loading(void **state)
 {
     (void)state;
     for (int i = 0; i < 4; i++) {
-        job_options o = {.n_ranks = 2,
-                         .worker = worker,
-                         .model_dir = model,
-                         .weights = "copy",
-                         .combine = "fixed",
-                         .rows = "fp32",
-                         .threads = 1,
-                         .max_sequences = 8,
-                         .hang_seconds = 20,
-                         .load_seconds = 20,
-                         .failure_minutes = 10};
+        job_options o = usual(2);
+        o.weights = "copy";
+        o.hang_seconds = 20;
+        o.max_failures = 0;
         assert_int_equal(job_start(&o, &job_log_listener, &job_events, &job_events.job), STATUS_OK);
         if (i > 0)
             poll(NULL, 0, 150 * i);
@@ -211,17 +209,10 @@ static void bad_model(void **state)
 {
     (void)state;
     snprintf(model, sizeof model, "%.4000s/no-such-model", folder);
-    job_options o = {.n_ranks = 2,
-                     .worker = worker,
-                     .model_dir = model,
-                     .weights = "map",
-                     .combine = "fixed",
-                     .rows = "fp32",
-                     .threads = 1,
-                     .hang_seconds = 20,
-                     .load_seconds = 20,
-                     .max_failures = 5,
-                     .failure_minutes = 10};
+    job_options o = usual(2);
+    o.max_sequences = 0;
+    o.hang_seconds = 20;
+    o.max_failures = 5;
     assert_int_equal(job_start(&o, &job_log_listener, &job_events, &job_events.job), STATUS_OK);
     assert_true(job_log_wait_state(&job_events, JOB_GIVEN_UP, 1, 30));
     assert_non_null(strstr(job_log_sentence(&job_events, JOB_GIVEN_UP), "no-such-model"));
