@@ -3,9 +3,10 @@
 # missing: with all of them there it asks nobody, so it works offline. As root, or with sudo.
 set -eu
 build="gcc libc6-dev cmake ninja-build pkg-config openmpi-bin libopenmpi-dev libcjson-dev libcmocka-dev \
-libgrpc-dev libprotobuf-c-dev protobuf-c-compiler protobuf-compiler libpcre2-dev libutf8proc-dev libsqlite3-dev libmicrohttpd-dev"
+libgrpc-dev libprotobuf-c-dev protobuf-c-compiler protobuf-compiler libpcre2-dev libutf8proc-dev libsqlite3-dev libmicrohttpd-dev \
+libglpk-dev libyaml-dev libzip-dev"
 # clang: the fuzzers; iproute2: two hosts on one machine; libsimde-dev: AVX-512 kernels on machines without it.
-test="clang libclang-rt-dev iproute2 libsimde-dev openssl python3-grpcio python3-protobuf python3-venv python3-yaml"
+test="clang libclang-rt-dev iproute2 libsimde-dev openssl python3-grpcio python3-numpy python3-protobuf python3-venv python3-yaml"
 
 case ${1:-build} in
 build) wanted=$build ;;

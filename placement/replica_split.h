@@ -1,0 +1,40 @@
+/* replica_split.h - how many rows of a step each copy of an expert computes, so that the busiest rank is done soonest.
+ *
+ * Every rank computes it alike from the same counts before rows leave (worker), and replay.h computes it for a simulated step.
+ * Pure; nothing is allocated. The algorithm has a name, REPLICA_SPLIT, because results depend on it:
+ *
+ *   "water-fill-1": <its rules, to the letter, so that another program can repeat it: written by whoever implements it here>
+ *
+ * Integer rows, splits allowed; a copy with at least one row costs expert_us once, each row row_us (topology.h). Ties: lower
+ * expert, then lower rank. */
+#ifndef CONVOKE_PLACEMENT_REPLICA_SPLIT_H
+#define CONVOKE_PLACEMENT_REPLICA_SPLIT_H
+
+#include "placement/plan.h"
+#include "placement/topology.h"
+
+#define REPLICA_SPLIT "water-fill-1"
+
+typedef struct replica_split replica_split; /* scratch for plans of one size */
+
+status replica_split_create(int n_ranks, int n_experts, int max_copies_per_layer, replica_split **out);
+void replica_split_destroy(replica_split *s); /* NULL is fine */
+
+/* rows [n_experts] of one layer and step -> rows_of_copy, in the order of the plan's copy_ranks of that layer
+ * (rows_of_copy[i] belongs to copy_ranks[first_copy[layer * n_experts] + i]). Costs a few microseconds for 256 experts. */
+void replica_split_rows(replica_split *s, const plan *p, int layer, const double *row_us, const double *expert_us,
+                        const int32_t *rows, int32_t *rows_of_copy);
+/* Which copy serves which owner: rows_of_owner [n_owners][n_experts] (their sums are `rows` above) and rows_of_copy as computed
+ * -> quota [n_owners][copies of the layer]: rows of that owner that go to that copy. An owner's own copy first, then copies on
+ * its node, then the rest, each in (owner, copy) order. An owner's rows in their order fill its copies in the plan's order. */
+void replica_split_owners(replica_split *s, const plan *p, int layer, int n_owners, const int32_t *rows_of_owner,
+                          const int32_t *rows_of_copy, int32_t *quota);
+/* Microseconds of the busiest rank, and the least possible by any integer split when `fractional` is false, else with rows cut at
+ * will and expert_us charged for single copies only: the largest forced(A) / |A| over sets of ranks A (a max-flow), a lower
+ * bound. Offline only. */
+double replica_split_busiest(const plan *p, int layer, const double *row_us, const double *expert_us,
+                             const int32_t *rows_of_copy);
+status replica_split_bound(const plan *p, int layer, const double *row_us, const double *expert_us, const double *rows,
+                           double *out);
+
+#endif
