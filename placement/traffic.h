@@ -5,6 +5,8 @@
 
 #include "placement/routing_trace.h"
 
+#include <stdbool.h>
+
 typedef struct {
     routing_shape shape; /* own copy */
     int64_t n_tokens;
