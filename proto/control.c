@@ -274,6 +274,10 @@ uint64_t control_launch_of_to_leader(const Convoke__Control__ToLeader *m)
         return m->cancel->launch; /* all are Ids in one union */
     case CONVOKE__CONTROL__TO_LEADER__KIND_STOP:
         return m->stop->launch;
+    case CONVOKE__CONTROL__TO_LEADER__KIND_STATISTICS:
+        return m->statistics->launch;
+    case CONVOKE__CONTROL__TO_LEADER__KIND_REPLAN:
+        return m->replan->launch;
     default:
         return 0;
     }
@@ -292,6 +296,8 @@ uint64_t control_launch_of_to_coordinator(const Convoke__Control__ToCoordinator 
         return m->beat->launch;
     case CONVOKE__CONTROL__TO_COORDINATOR__KIND_GOODBYE:
         return m->goodbye->launch;
+    case CONVOKE__CONTROL__TO_COORDINATOR__KIND_STATISTICS:
+        return m->statistics->launch;
     default:
         return 0;
     }
