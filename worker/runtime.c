@@ -224,6 +224,15 @@ static unsigned long long resident_now(void)
     return resident * (unsigned long long)sysconf(_SC_PAGESIZE);
 }
 
+unsigned long long runtime_expert_bytes(const runtime *r)
+{
+    unsigned long long held = 0;
+    for (int l = 0; l < r->plan.n_layers; l++)
+        for (int e = 0; e < r->plan.n_experts; e++)
+            held += plan_holds(&r->plan, l, e, group_rank(r->group));
+    return held > 0 ? r->weights->expert_bytes / held : 0;
+}
+
 void runtime_memory_use(const runtime *r, runtime_memory *out)
 {
     unsigned long long weights = checkpoint_resident_bytes(r->checkpoint), all = resident_now();

@@ -45,6 +45,8 @@ kernel_isa runtime_isa(const runtime *r);
 int runtime_threads(const runtime *r);
 const engine_limits *runtime_limits(const runtime *r); /* with what was left open filled in */
 const int *runtime_moe_layers(const runtime *r);       /* [n_moe_layers] the model's own layer numbers */
+/* Of one expert of one layer as stored, 0 when this rank holds none. */
+unsigned long long runtime_expert_bytes(const runtime *r);
 void runtime_memory_use(const runtime *r, runtime_memory *out);
 
 #endif

@@ -349,6 +349,10 @@ static status send_ready(server *s)
     ready.load_seconds = clock_seconds() - s->load_started;
     ready.n_layers = (size_t)c->n_moe_layers;
     ready.layers = layers;
+    ready.n_experts = (uint32_t)c->n_experts;
+    ready.top_k = (uint32_t)c->top_k;
+    ready.expert_bytes = runtime_expert_bytes(s->runtime);
+    ready.row_bytes = (uint32_t)c->hidden * (strcmp(s->setup->rows, "bf16") == 0 ? 2 : 4);
     m.kind_case = CONVOKE__CONTROL__TO_COORDINATOR__KIND_READY;
     m.ready = &ready;
     control_link_ready(s->link);
