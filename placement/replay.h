@@ -4,7 +4,8 @@
  * Who runs when. C places, place i owned by rank i mod G. Sequences in file order fill places in order; each step takes one token
  * of each place; a finished sequence is replaced at once by the next in file order (several in one step: lower place first) and
  * its place keeps its owner; the run ends before the first step with fewer than C. OWNER_RECORDED instead takes steps and owners
- * from the trace itself (traffic.h), tokens of a step in file order.
+ * from the trace itself (traffic.h), tokens of a step in order of their rows in the trace. Nodes are the topology's; the plan's
+ * own are not looked at.
  *
  * Layer by layer a token's row goes from its owner to every distinct rank that computes one of its experts and one row returns
  * from each. A layer costs  compute + dispatch + combine:
@@ -19,11 +20,11 @@
  *
  * Owners by affinity. When the 32nd token of a sequence has run, before the next step (lower places first): for each rank r,
  * t(r) = sum over those tokens, all layers and the distinct other ranks its rows would go to from r (r's own copy, else the first
- * copy on r's node, else the home) of row_bytes * us_per_byte. The best r is the smallest t with room, that is fewer than
- * ceil(1.05 C / G) places (its present owner has room); ties: present owner, then lower rank. The sequence moves when
- * 2 * (t(owner) - t(r)) * 256 / 32 > 32 * n_layers * row_bytes * us_per_byte(owner, r): when 256 tokens pay for moving its KV,
- * which is charged as 32 rows from old to new owner in the dispatch of every layer of the next step. The place keeps its new
- * owner.
+ * copy on r's node, else the home) of row_bytes * us_per_byte (rows are counted per pair, then added up over the other ranks,
+ * rising). The best r is the smallest t with room, that is fewer than ceil(1.05 C / G) places (its present owner has room); ties:
+ * present owner, then lower rank. A sequence that ends there stays. It moves when 2 * (t(owner) - t(r)) * 256 / 32 > 32 *
+ * n_layers * row_bytes * us_per_byte(owner, r): when 256 tokens pay for moving its KV, which is charged as 32 rows from old to
+ * new owner in the dispatch of every layer of the next step. The place keeps its new owner.
  *
  * Replicas. REPLICAS_BY_SHARE: plan_choose(REPLICA_OWNER_FIRST), turn = rows its owner has owned before it in this run.
  * REPLICAS_BY_STEP: replica_split.h on the step's counts, rows in order of places. */

@@ -376,3 +376,8 @@ status routing_trace_tensor(const routing_trace *t, const char *name, const tens
     *out = view;
     return STATUS_OK;
 }
+
+const tensor_view *routing_trace_find(const routing_trace *t, const char *name)
+{
+    return safetensors_find(t->file, name);
+}

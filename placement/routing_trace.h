@@ -47,5 +47,7 @@ int64_t routing_trace_n_tokens(const routing_trace *trace);
 routing_row routing_trace_row(const routing_trace *trace, int64_t token, uint16_t *experts, float *weights);
 /* A further tensor whose first axes are [tokens][layers]; fails by name when it is not there. */
 status routing_trace_tensor(const routing_trace *trace, const char *name, const tensor_view **out);
+/* A further tensor of any shape; NULL when it is not there. */
+const tensor_view *routing_trace_find(const routing_trace *trace, const char *name);
 
 #endif

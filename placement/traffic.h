@@ -12,18 +12,21 @@ typedef struct {
     int64_t n_tokens;
     int n_sequences;
     int64_t *first_token; /* [n_sequences + 1] tokens of sequence s: first_token[s] .. first_token[s + 1] - 1 */
-    int *domain;          /* [n_sequences] that of its first token */
+    int *domain;          /* [n_sequences] that of its first token in the trace */
+    int64_t *row;         /* [n_tokens] its row in the trace; NULL (traffic made by hand): the token's own number */
     uint8_t *phase;       /* [n_tokens] */
     int32_t *owner;       /* [n_tokens] rank that owned the token when it ran; NULL: the trace does not say */
     int32_t *step;        /* [n_tokens] step in which it ran; NULL with owner */
     uint16_t *experts;    /* [n_layers][n_tokens][top_k] ROUTING_NO_EXPERT: dropped */
 } traffic;
 
-/* Which part of a trace: all fields zero takes everything. */
+/* Which part of a trace: all fields zero (or no part at all) takes everything. */
 typedef struct {
-    const bool *domains; /* [trace's n_domains] wanted; NULL: all. A sequence goes by its first token's */
+    const bool *domains; /* [trace's n_domains] wanted; NULL: all. A sequence goes by its first token's,
+                          * whatever its phase */
     int phase;           /* TRAFFIC_DECODE: generated tokens only, TRAFFIC_PREFILL: the others */
-    double from, to;     /* of the sequences in file order, as shares of their number (0 to 1); both 0: all */
+    double from, to;     /* of the sequences left by the above, in file order, as shares of their number: those from
+                          * round(from * n) up to round(to * n), 0 to 1, so that parts side by side share none; both 0: all */
 } traffic_part;
 enum { TRAFFIC_ALL = 0, TRAFFIC_DECODE = 1, TRAFFIC_PREFILL = 2 };
 
