@@ -41,25 +41,33 @@ static status plan_allocate(const char *where, int n_ranks, int n_experts, int n
     return status_fail(STATUS_NO_MEMORY, "%s: no memory for a plan of %zu copies", where, n_copies);
 }
 
-status plan_contiguous(const plan_shape *shape, const int *node_of_rank, plan *out)
+status plan_create(const char *where, const plan_shape *shape, const int *node_of_rank, const int *n_copies, plan *out)
 {
     if (shape->n_ranks < 1 || shape->n_ranks > PLAN_MAX_RANKS || shape->n_experts < 1 || shape->n_experts > PLAN_MAX_EXPERTS ||
         shape->n_layers < 1)
-        return status_fail(STATUS_BAD_INPUT, "contiguous plan: %d experts in %d layers on %d ranks cannot be planned",
-                           shape->n_experts, shape->n_layers, shape->n_ranks);
+        return status_fail(STATUS_BAD_INPUT, "%s: %d experts in %d layers on %d ranks cannot be planned", where, shape->n_experts,
+                           shape->n_layers, shape->n_ranks);
     plan p;
-    size_t n_copies = (size_t)shape->n_layers * (size_t)shape->n_experts;
-    TRY(plan_allocate("contiguous plan", shape->n_ranks, shape->n_experts, shape->n_layers, n_copies, &p));
+    size_t n_lists = (size_t)shape->n_layers * (size_t)shape->n_experts, total = 0;
+    for (size_t i = 0; i < n_lists; i++)
+        total += n_copies ? (size_t)n_copies[i] : 1;
+    TRY(plan_allocate(where, shape->n_ranks, shape->n_experts, shape->n_layers, total, &p));
     for (int l = 0; l < p.n_layers; l++)
         p.layer_numbers[l] = shape->layer_numbers ? shape->layer_numbers[l] : l;
     for (int r = 0; r < p.n_ranks; r++)
         p.node_of_rank[r] = node_of_rank ? node_of_rank[r] : 0;
-    for (size_t i = 0; i < n_copies; i++) {
-        long long e = (long long)(i % (size_t)p.n_experts);
-        p.first_copy[i] = (int)i;
-        p.copy_ranks[i] = (int)(e * p.n_ranks / p.n_experts);
-    }
-    p.first_copy[n_copies] = (int)n_copies;
+    for (size_t i = 0; i < n_lists; i++)
+        p.first_copy[i + 1] = p.first_copy[i] + (n_copies ? n_copies[i] : 1);
+    *out = p;
+    return STATUS_OK;
+}
+
+status plan_contiguous(const plan_shape *shape, const int *node_of_rank, plan *out)
+{
+    plan p;
+    TRY(plan_create("contiguous plan", shape, node_of_rank, NULL, &p));
+    for (int i = 0; i < p.n_layers * p.n_experts; i++)
+        p.copy_ranks[i] = (int)((long long)(i % p.n_experts) * p.n_ranks / p.n_experts);
     snprintf(p.name, sizeof p.name, "contiguous");
     *out = p;
     return STATUS_OK;
@@ -297,7 +305,33 @@ static void write_layer(FILE *file, const plan *p, int l)
     fprintf(file, l + 1 < p->n_layers ? "]},\n" : "]}\n");
 }
 
-static void write_plan(FILE *file, const plan *p, const char *model_name)
+/* One line per member, and one per element of a list of lists: they may be long. */
+static void write_member(FILE *file, const cJSON *member)
+{
+    char *text = NULL, *key;
+    cJSON *name = cJSON_CreateString(member->string);
+    key = name ? cJSON_PrintUnformatted(name) : NULL;
+    fprintf(file, " %s: ", key ? key : "\"\"");
+    if (cJSON_IsArray(member) && cJSON_IsArray(member->child)) {
+        const cJSON *element;
+        cJSON_ArrayForEach(element, member)
+        {
+            text = cJSON_PrintUnformatted(element);
+            fprintf(file, "%s%s", element == member->child ? "[\n  " : ",\n  ", text ? text : "[]");
+            cJSON_free(text);
+        }
+        fputs("]", file);
+    } else {
+        text = cJSON_PrintUnformatted(member);
+        fputs(text ? text : "null", file);
+        cJSON_free(text);
+    }
+    fputs(",\n", file);
+    cJSON_free(key);
+    cJSON_Delete(name);
+}
+
+static void write_plan(FILE *file, const plan *p, const char *model_name, const cJSON *beside)
 {
     fprintf(file, "{\"format\": \"convoke-plan\", \"version\": %d, ", PLAN_VERSION);
     if (model_name)
@@ -306,34 +340,42 @@ static void write_plan(FILE *file, const plan *p, const char *model_name)
     fprintf(file, "\"epoch\": %lld, \"experts\": %d, \"ranks\": %d,\n \"node_of_rank\": [", p->epoch, p->n_experts, p->n_ranks);
     for (int r = 0; r < p->n_ranks; r++)
         fprintf(file, r ? ", %d" : "%d", p->node_of_rank[r]);
-    fprintf(file, "],\n \"layers\": [\n");
+    fprintf(file, "],\n");
+    const cJSON *member;
+    cJSON_ArrayForEach(member, beside) write_member(file, member);
+    fprintf(file, " \"layers\": [\n");
     for (int l = 0; l < p->n_layers; l++)
         write_layer(file, p, l);
     fprintf(file, " ]}\n");
 }
 
 /* Written beside its place and renamed: a reader sees the old plan or the new one, never half of it. */
-status plan_write(const plan *p, const char *model_name, const char *path)
+status plan_write_beside(const plan *p, const char *model_name, const cJSON *beside, const char *path)
 {
-    char *beside;
-    if (asprintf(&beside, "%s.part-%ld", path, (long)getpid()) < 0)
+    char *part;
+    if (asprintf(&part, "%s.part-%ld", path, (long)getpid()) < 0)
         return status_fail(STATUS_NO_MEMORY, "%s: no memory for a file name", path);
     status st = STATUS_OK;
-    FILE *file = fopen(beside, "w");
+    FILE *file = fopen(part, "w");
     if (!file) {
         st = status_fail(STATUS_IO, "%s: cannot be written (%s)", path, strerror(errno));
         goto out;
     }
-    write_plan(file, p, model_name);
+    write_plan(file, p, model_name, beside);
     bool failed = ferror(file) != 0;
     failed |= fclose(file) != 0;
-    if (failed || rename(beside, path) != 0) {
+    if (failed || rename(part, path) != 0) {
         st = status_fail(STATUS_IO, "%s: cannot be written (%s)", path, strerror(errno));
-        unlink(beside);
+        unlink(part);
     }
 out:
-    free(beside);
+    free(part);
     return st;
+}
+
+status plan_write(const plan *p, const char *model_name, const char *path)
+{
+    return plan_write_beside(p, model_name, NULL, path);
 }
 
 /* ---- using ---- */

@@ -5,6 +5,7 @@
 #ifndef CONVOKE_PLACEMENT_PLAN_H
 #define CONVOKE_PLACEMENT_PLAN_H
 
+#include "proto/json.h"
 #include "proto/status.h"
 
 #include <stdbool.h>
@@ -31,6 +32,9 @@ typedef struct {
     const char *model_name; /* compared with the plan's "model" where both are there */
 } plan_shape;
 
+/* A plan whose lists are to be filled: first_copy is set from n_copies [n_layers * n_experts] (NULL: one each, all >= 1),
+ * copy_ranks are 0. */
+status plan_create(const char *where, const plan_shape *shape, const int *node_of_rank, const int *n_copies, plan *out);
 /* Expert e of every layer on rank e * n_ranks / n_experts: equal blocks, sizes differ by at most one; ranks may stay empty.
  * node_of_rank NULL: all on node 0. */
 status plan_contiguous(const plan_shape *shape, const int *node_of_rank, plan *out);
@@ -41,6 +45,8 @@ status plan_read(const char *path, const plan_shape *shape, plan *out);
 status plan_parse(const char *where, const char *text, size_t size, const plan_shape *shape, plan *out);
 /* model_name NULL: the file names none. The file appears whole or not at all. */
 status plan_write(const plan *p, const char *model_name, const char *path);
+/* The same with the members of `beside`, an object, between the plan's own keys and its layers. */
+status plan_write_beside(const plan *p, const char *model_name, const cJSON *beside, const char *path);
 void plan_clear(plan *p); /* a zeroed one is fine */
 
 static inline int plan_n_copies(const plan *p, int layer, int expert)

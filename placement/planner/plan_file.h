@@ -17,8 +17,8 @@ typedef struct {
 
 /* Written as the keys "solver", "objective", "score", "bound", "gap", "made_from" and "tokens_per_expert" (P, for drift) beside
  * the plan's own. */
-status plan_file_write(const problem *p, const plan *plan, const plan_provenance *provenance, const char *path);
+status plan_file_write(const problem *p, const plan *made, const plan_provenance *provenance, const char *path);
 /* P of a plan file, [n_layers][n_experts]: free(); NULL when the file holds none. */
-status plan_file_read_counts(const char *path, const plan *plan, uint64_t **out);
+status plan_file_read_counts(const char *path, const plan *made, uint64_t **out);
 
 #endif

@@ -21,7 +21,7 @@
 #include "placement/traffic.h"
 
 typedef struct {
-    const routing_stats *stats; /* summed over `domains` and `phase` below; NULL: counted from the traffic */
+    const routing_stats *stats; /* all of it, summed over domains and phases; NULL: counted from the traffic */
     const traffic *traffic;     /* NULL: statistics alone, so no step_us */
     const topology *topology;
     const plan *seed;      /* a plan to start from; NULL: none */
@@ -73,7 +73,7 @@ status problem_plan_replicas(const problem *p, const char *name, const int *home
 
 /* Whether a plan keeps the room (per_layer: slots, else only totals) and, when slack was given, the caps: STATUS_BAD_INPUT with a
  * sentence that names layer and rank. */
-status problem_check(const problem *p, const plan *plan, bool per_layer);
+status problem_check(const problem *p, const plan *made, bool per_layer);
 
 /* ---- work and time ------------------------------------------------------------------------------------------------------- */
 

@@ -19,14 +19,14 @@ typedef struct {
     replay_result replay; /* with the request's options; only when has_replay */
 } plan_score;
 
-status score_plan(const problem *p, const plan *plan, plan_score *out);
+status score_plan(const problem *p, const plan *made, plan_score *out);
 void score_clear(plan_score *s);
 
 /* The single measures, for solvers' objectives. */
-double score_balance(const problem *p, const plan *plan, int *worst_layer, double *worst); /* mean over layers */
-double score_flow(const problem *p, const plan *plan);
-double score_moetuner(const problem *p, const plan *plan);
-double score_ranks(const problem *p, const plan *plan); /* distinct ranks per token and layer */
-status score_step_us(const problem *p, const plan *plan, double *out);
+double score_balance(const problem *p, const plan *made, int *worst_layer, double *worst); /* mean over layers */
+double score_flow(const problem *p, const plan *made);
+double score_moetuner(const problem *p, const plan *made);
+double score_ranks(const problem *p, const plan *made); /* distinct ranks per token and layer */
+status score_step_us(const problem *p, const plan *made, double *out);
 
 #endif

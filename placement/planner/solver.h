@@ -37,7 +37,7 @@ typedef struct {
     const char *objective; /* what it minimises, in words */
     unsigned flags;
     status (*solve)(const problem *p, solver_report *report, plan *out);
-    status (*measure)(const problem *p, const plan *plan, double *out); /* its objective */
+    status (*measure)(const problem *p, const plan *made, double *out); /* its objective */
 } solver;
 
 extern const solver solver_contiguous, solver_random, solver_lpt, solver_eplb, solver_eplb_apart, solver_craft, solver_exflow;
