@@ -105,6 +105,15 @@ static status parse_choice(const option_entry *e, origin from, const char *text)
     return bad(from, text, allowed);
 }
 
+static status add_to_list(const option_entry *e, origin from, const char *text)
+{
+    option_list *list = e->value;
+    if (list->n == OPTION_LIST_MAX)
+        return status_fail(STATUS_USAGE, "%s%s: more than %d values", from.dashes, from.name, OPTION_LIST_MAX);
+    list->items[list->n++] = text;
+    return STATUS_OK;
+}
+
 static status parse_value(const option_entry *e, origin from, const char *text)
 {
     switch (e->kind) {
@@ -119,10 +128,13 @@ static status parse_value(const option_entry *e, origin from, const char *text)
     case OPTION_CHOICE:
         return parse_choice(e, from, text);
     case OPTION_STRING:
+    case OPTION_LIST:
         break;
     }
     if (!*text)
         return status_fail(STATUS_USAGE, "%s%s: the value is empty", from.dashes, from.name);
+    if (e->kind == OPTION_LIST)
+        return add_to_list(e, from, text);
     *(const char **)e->value = text;
     return STATUS_OK;
 }
@@ -321,6 +333,7 @@ static const char *argument_of(const option_entry *e)
     case OPTION_SIZE:
         return "SIZE";
     case OPTION_STRING:
+    case OPTION_LIST:
         return "TEXT";
     case OPTION_CHOICE:
         return e->choices;

@@ -28,7 +28,14 @@ typedef enum {
     OPTION_DOUBLE, /* double in [min, max]; both 0: any                                                     */
     OPTION_STRING, /* const char *, borrowed from argv, the environment or the table                        */
     OPTION_CHOICE, /* int: place in `choices`                                                               */
+    OPTION_LIST,   /* option_list: every value given, in order                                              */
 } option_kind;
+
+#define OPTION_LIST_MAX 64
+typedef struct {
+    const char *items[OPTION_LIST_MAX]; /* borrowed as OPTION_STRING's */
+    int n;
+} option_list; /* zeroed by the caller */
 
 typedef struct {
     const char *name; /* long name without dashes */

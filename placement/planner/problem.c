@@ -210,6 +210,8 @@ static status find_best(void *arg, int l)
     c->best[l] = assign_lpt(p->n_experts, p->n_ranks, p->load + problem_at(p, l, 0), p->share,
                             p->slots + (size_t)l * (size_t)p->n_ranks, home);
     free(home);
+    if (c->best[l] < 0)
+        return status_fail(STATUS_NO_MEMORY, "no memory to place %d experts on %d ranks", p->n_experts, p->n_ranks);
     return STATUS_OK;
 }
 
