@@ -32,7 +32,7 @@ static int count_copies(const bool *holds, int n_ranks, int home)
 status problem_plan_replicas(const problem *p, const char *name, const int *home, const bool *holds, plan *out)
 {
     size_t n_lists = problem_at(p, p->n_layers, 0), ranks = (size_t)p->n_ranks;
-    int *n_copies = malloc(n_lists * sizeof *n_copies);
+    int *n_copies = calloc(n_lists, sizeof *n_copies);
     if (!n_copies)
         return status_fail(STATUS_NO_MEMORY, "no memory for a plan of %zu experts", n_lists);
     for (size_t i = 0; i < n_lists; i++)
