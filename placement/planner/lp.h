@@ -24,33 +24,62 @@ int lp_add_column(lp_model *m, double low, double high, double cost, bool intege
 int lp_add_row(lp_model *m, double low, double high);
 void lp_set(lp_model *m, int row, int column, double value); /* each entry once */
 void lp_set_constant(lp_model *m, double constant);
+void lp_set_integer(lp_model *m, int column, bool integer);
+int lp_n_columns(const lp_model *m);
+int lp_n_rows(const lp_model *m);
 bool lp_failed(const lp_model *m); /* an add found no memory */
 
 typedef struct {
-    double seconds;      /* the child is killed then; 0: none */
-    int64_t pivots;      /* simplex iterations per LP; 0: no limit */
+    double seconds;      /* counted from the call; the child is killed then; 0: none */
+    int64_t pivots;      /* simplex iterations; 0: no limit. Branch and bound looks at their sum between two nodes */
     int64_t nodes;       /* branch and bound nodes; 0: no limit */
     double gap;          /* relative MIP gap at which it may stop; 0: proof */
-    const double *start; /* [columns] an integer-feasible point, or NULL: the incumbent to beat */
+    const double *start; /* [columns] a feasible point, or NULL: the incumbent to beat, there even when the child dies at once */
     bool relax;          /* LP relaxation only */
     bool duals;          /* wanted (LP) */
     bool cuts;           /* GLPK's MIR, Gomory, cover, clique cuts */
 } lp_options;
 
-typedef enum { LP_OPTIMAL, LP_FEASIBLE, LP_NOTHING, LP_INFEASIBLE, LP_CRASHED } lp_outcome; /* NOTHING: no point found in time */
+/* OPTIMAL: proved, to within the gap allowed. NOTHING: no point found within the limits. CRASHED: `words` says how; x may be
+ * there. */
+typedef enum { LP_OPTIMAL, LP_FEASIBLE, LP_NOTHING, LP_INFEASIBLE, LP_CRASHED } lp_outcome;
 
 typedef struct {
     lp_outcome outcome;
     bool timed_out;
     double objective, bound; /* bound: proved lower bound; -LP_INF: none */
     double *x;               /* [columns] best point; NULL: none */
-    double *duals;           /* [rows]; NULL unless wanted and LP_OPTIMAL */
+    double *duals;           /* [rows] cost minus duals * column is a column's reduced cost; NULL unless wanted and there */
     int64_t pivots, nodes;
+    char words[160]; /* LP_CRASHED: the child's last words */
 } lp_result;
 
+/* Fails only where the system does (no memory, no process), or when `start` breaks the model, named by row or column. */
 status lp_solve(const lp_model *m, const lp_options *options, lp_result *out);
-/* n models, `processes` children at once (0: cores); results in order. */
+/* n models with their options [n], `processes` children at once (0: cores); results in order. */
 status lp_solve_all(int n, lp_model *const *models, const lp_options *options, int processes, lp_result *out);
 void lp_result_clear(lp_result *r);
+
+/* ---- column generation ----------------------------------------------------------------------------------------------------
+ *
+ * The model is a master with too many columns to write down. It starts with some that make it feasible; each round the child
+ * solves it from its last basis and asks `price`, which runs in the child too and must be pure, for columns of negative reduced
+ * cost. Limits of the options hold for all rounds together. */
+typedef struct lp_columns lp_columns;
+/* A column [0, infinity) with n entries; false: no room is left in this round. */
+bool lp_columns_add(lp_columns *found, double cost, int n, const int *rows, const double *values);
+
+typedef struct {
+    /* Adds columns whose reduced cost for duals [rows] is negative: none, and the master is solved. Returns a lower bound of the
+     * whole master that these duals prove, -LP_INF if none. */
+    double (*price)(const void *arg, const double *duals, lp_columns *found);
+    const void *arg;
+    int columns_per_round, entries_per_column, max_columns; /* room: the last is for all rounds */
+} lp_pricing;
+
+/* As lp_solve_all() with `relax`; what was generated is appended to the models (continuous). x counts those columns too; bound is
+ * the best that `price` returned, duals (when wanted) those that proved it. */
+status lp_solve_columns(int n, lp_model *const *models, const lp_pricing *pricing, const lp_options *options, int processes,
+                        lp_result *out);
 
 #endif
