@@ -47,6 +47,9 @@ status plan_parse(const char *where, const char *text, size_t size, const plan_s
 status plan_write(const plan *p, const char *model_name, const char *path);
 /* The same with the members of `beside`, an object, between the plan's own keys and its layers. */
 status plan_write_beside(const plan *p, const char *model_name, const cJSON *beside, const char *path);
+/* Tokens per expert that a plan file says it was made from ("tokens_per_expert"), [n_layers][n_experts]: free(); NULL when it
+ * says nothing. `made` is the plan of that file. */
+status plan_read_counts(const char *path, const plan *made, uint64_t **out);
 void plan_clear(plan *p); /* a zeroed one is fine */
 
 static inline int plan_n_copies(const plan *p, int layer, int expert)

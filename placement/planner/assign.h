@@ -3,8 +3,8 @@
  *
  * The figure to lower is the busiest rank's load over what it should have: max over ranks of load / (share * total), 1 where
  * every rank has its share. */
-#ifndef CONVOKE_PLANNER_ASSIGN_H
-#define CONVOKE_PLANNER_ASSIGN_H
+#ifndef CONVOKE_PLACEMENT_PLANNER_ASSIGN_H
+#define CONVOKE_PLACEMENT_PLANNER_ASSIGN_H
 
 #include <stdbool.h>
 

@@ -2,8 +2,8 @@
  *
  * Every bound holds for every plan that keeps the problem's room (and caps, where slack was given); NAN: not computed (with
  * why). */
-#ifndef CONVOKE_PLANNER_BOUNDS_H
-#define CONVOKE_PLANNER_BOUNDS_H
+#ifndef CONVOKE_PLACEMENT_PLANNER_BOUNDS_H
+#define CONVOKE_PLACEMENT_PLANNER_BOUNDS_H
 
 #include "placement/planner/problem.h"
 

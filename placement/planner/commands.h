@@ -1,7 +1,7 @@
 /* commands.h - the subcommands of convoke-plan, one function each: argv[0] is the subcommand's name. They print results on
  * stdout, progress on a terminal's stderr, and return a status whose sentence main() prints. */
-#ifndef CONVOKE_PLANNER_COMMANDS_H
-#define CONVOKE_PLANNER_COMMANDS_H
+#ifndef CONVOKE_PLACEMENT_PLANNER_COMMANDS_H
+#define CONVOKE_PLACEMENT_PLANNER_COMMANDS_H
 
 #include "proto/status.h"
 

@@ -1,7 +1,7 @@
 /* formats.h - other engines' files, and flat arrays of recorded routing: read into traces, statistics or plans, written from
  * plans and statistics. One table; layouts are in placement/README.md. */
-#ifndef CONVOKE_PLANNER_FORMATS_H
-#define CONVOKE_PLANNER_FORMATS_H
+#ifndef CONVOKE_PLACEMENT_PLANNER_FORMATS_H
+#define CONVOKE_PLACEMENT_PLANNER_FORMATS_H
 
 #include "placement/plan.h"
 #include "placement/routing_stats.h"

@@ -1,6 +1,6 @@
 /* inputs.h - what most commands start from: statistics or a trace, a topology, and how a run is replayed. One set of options. */
-#ifndef CONVOKE_PLANNER_INPUTS_H
-#define CONVOKE_PLANNER_INPUTS_H
+#ifndef CONVOKE_PLACEMENT_PLANNER_INPUTS_H
+#define CONVOKE_PLACEMENT_PLANNER_INPUTS_H
 
 #include "placement/planner/problem.h"
 #include "proto/options.h"

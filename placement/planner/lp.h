@@ -7,8 +7,8 @@
  *
  * One caller: the process's main thread, with no other threads running (children are forked). Several models at once:
  * lp_solve_all(). */
-#ifndef CONVOKE_PLANNER_LP_H
-#define CONVOKE_PLANNER_LP_H
+#ifndef CONVOKE_PLACEMENT_PLANNER_LP_H
+#define CONVOKE_PLACEMENT_PLANNER_LP_H
 
 #include "proto/status.h"
 

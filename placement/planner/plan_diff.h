@@ -1,6 +1,6 @@
 /* plan_diff.h - what it takes to go from one plan to another: which copies come and go, in an order that memory allows. Pure. */
-#ifndef CONVOKE_PLANNER_PLAN_DIFF_H
-#define CONVOKE_PLANNER_PLAN_DIFF_H
+#ifndef CONVOKE_PLACEMENT_PLANNER_PLAN_DIFF_H
+#define CONVOKE_PLACEMENT_PLANNER_PLAN_DIFF_H
 
 #include "placement/plan.h"
 #include "placement/topology.h"

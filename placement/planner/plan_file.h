@@ -1,6 +1,6 @@
 /* plan_file.h - a plan and what stands beside it: which solver made it, from what traffic, its score, bound and gap. */
-#ifndef CONVOKE_PLANNER_PLAN_FILE_H
-#define CONVOKE_PLANNER_PLAN_FILE_H
+#ifndef CONVOKE_PLACEMENT_PLANNER_PLAN_FILE_H
+#define CONVOKE_PLACEMENT_PLANNER_PLAN_FILE_H
 
 #include "placement/planner/bounds.h"
 #include "placement/planner/score.h"
@@ -18,7 +18,5 @@ typedef struct {
 /* Written as the keys "solver", "objective", "score", "bound", "gap", "made_from" and "tokens_per_expert" (P, for drift) beside
  * the plan's own. */
 status plan_file_write(const problem *p, const plan *made, const plan_provenance *provenance, const char *path);
-/* P of a plan file, [n_layers][n_experts]: free(); NULL when the file holds none. */
-status plan_file_read_counts(const char *path, const plan *made, uint64_t **out);
 
 #endif

@@ -11,8 +11,8 @@
  *                   that would do
  *   not given:      the same with 5 %, times the best busiest-rank-over-share found by LPT and swaps where that is above 1
  * Solvers that price load themselves (`batch`, `auto` on traffic) keep caps only when slack was given. */
-#ifndef CONVOKE_PLANNER_PROBLEM_H
-#define CONVOKE_PLANNER_PROBLEM_H
+#ifndef CONVOKE_PLACEMENT_PLANNER_PROBLEM_H
+#define CONVOKE_PLACEMENT_PLANNER_PROBLEM_H
 
 #include "placement/plan.h"
 #include "placement/replay.h"

@@ -1,6 +1,6 @@
 /* score.h - all measures of a plan side by side, the published ones too, so that nobody has to take a solver's word. Pure. */
-#ifndef CONVOKE_PLANNER_SCORE_H
-#define CONVOKE_PLANNER_SCORE_H
+#ifndef CONVOKE_PLACEMENT_PLANNER_SCORE_H
+#define CONVOKE_PLACEMENT_PLANNER_SCORE_H
 
 #include "placement/planner/problem.h"
 

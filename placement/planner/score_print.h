@@ -1,6 +1,6 @@
 /* score_print.h - scores for people and for programs: one table, bars, a picture, JSON. All say the same numbers. */
-#ifndef CONVOKE_PLANNER_SCORE_PRINT_H
-#define CONVOKE_PLANNER_SCORE_PRINT_H
+#ifndef CONVOKE_PLACEMENT_PLANNER_SCORE_PRINT_H
+#define CONVOKE_PLACEMENT_PLANNER_SCORE_PRINT_H
 
 #include "placement/planner/bounds.h"
 #include "placement/planner/score.h"

@@ -3,8 +3,8 @@
  * Each solver returns a valid plan that keeps the room, is never worse than its seed by its own objective, stops at the request's
  * seconds (to within one second), and gives the same plan for the same seed and work on any number of threads. A solver that
  * cannot keep a slack that was given (the baselines) still returns its plan; problem_check() then refuses it by name. */
-#ifndef CONVOKE_PLANNER_SOLVER_H
-#define CONVOKE_PLANNER_SOLVER_H
+#ifndef CONVOKE_PLACEMENT_PLANNER_SOLVER_H
+#define CONVOKE_PLACEMENT_PLANNER_SOLVER_H
 
 #include "placement/planner/problem.h"
 
