@@ -25,9 +25,17 @@ static const struct {
     const char *prefix, *folder; /* an outside header, and the only folder that may see it */
     int max_files;
 } library_rules[] = {
-    {"mpi.h", "router", 2},         {"cjson/", "proto", 1},    {"glpk.h", "placement/planner", 1},
-    {"nccl.h", "router", 1},        {"grpc/", "cluster", 2},   {"sqlite3.h", "cluster", 1},
-    {"microhttpd.h", "cluster", 1}, {"pcre2.h", "cluster", 1}, {"utf8proc.h", "cluster", 1},
+    {"mpi.h", "router", 2},
+    {"cjson/", "proto", 1},
+    {"glpk.h", "placement/planner", 1},
+    {"nccl.h", "router", 1},
+    {"grpc/", "cluster", 2},
+    {"sqlite3.h", "cluster", 1},
+    {"microhttpd.h", "cluster", 1},
+    {"pcre2.h", "cluster", 1},
+    {"utf8proc.h", "cluster", 1},
+    {"yaml.h", "placement/planner", 1},
+    {"zip.h", "placement/planner", 1},
 };
 enum { N_LIBRARIES = sizeof library_rules / sizeof library_rules[0] };
 

@@ -1,6 +1,6 @@
 /* lp_private.h - what the files behind lp.h share: the model's data, and the memory that a child leaves its results in. */
-#ifndef CONVOKE_PLANNER_LP_PRIVATE_H
-#define CONVOKE_PLANNER_LP_PRIVATE_H
+#ifndef CONVOKE_PLACEMENT_PLANNER_LP_PRIVATE_H
+#define CONVOKE_PLACEMENT_PLANNER_LP_PRIVATE_H
 
 #include "placement/planner/lp.h"
 
