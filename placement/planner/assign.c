@@ -431,7 +431,7 @@ static void spread_close(spread *s)
     free(s->memory);
 }
 
-static double solve(const assign_task *t, bool from_scratch, int *rank)
+static double solve(const assign_task *t, bool from_scratch, bool exchanges, int *rank)
 {
     spread s;
     double worst = ASSIGN_NO_MEMORY;
@@ -446,7 +446,8 @@ static double solve(const assign_task *t, bool from_scratch, int *rank)
         worst = ASSIGN_NO_ROOM;
         goto out;
     }
-    improve(&s, best);
+    if (exchanges)
+        improve(&s, best);
     worst = assign_worst(t, rank);
 out:
     spread_close(&s);
@@ -455,17 +456,27 @@ out:
     return worst;
 }
 
-double assign_spread(const assign_task *t, int *rank)
+static bool has_room(const assign_task *t)
 {
     int64_t room = 0;
     for (int g = 0; g < t->n_ranks; g++)
         room += (int64_t)bin_room(t, g);
-    return room < t->n_items ? ASSIGN_NO_ROOM : solve(t, true, rank);
+    return room >= t->n_items;
+}
+
+double assign_spread(const assign_task *t, int *rank)
+{
+    return has_room(t) ? solve(t, true, true, rank) : ASSIGN_NO_ROOM;
+}
+
+double assign_first(const assign_task *t, int *rank)
+{
+    return has_room(t) ? solve(t, true, false, rank) : ASSIGN_NO_ROOM;
 }
 
 double assign_improve(const assign_task *t, int *rank)
 {
-    return solve(t, false, rank);
+    return solve(t, false, true, rank);
 }
 
 double assign_worst(const assign_task *t, const int *rank)

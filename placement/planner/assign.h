@@ -22,7 +22,9 @@ typedef struct {
 /* Fills rank [n_items] and returns the figure; ASSIGN_NO_ROOM when the slots do not hold all items (or groups could not be kept
  * apart), ASSIGN_NO_MEMORY; rank is then undefined. About a millisecond for 256 items on 64 ranks. */
 double assign_spread(const assign_task *t, int *rank);
-/* The same from a given, valid assignment; never worse than it. */
+/* Longest processing time first alone, without exchanges. */
+double assign_first(const assign_task *t, int *rank);
+/* The same as assign_spread() from a given, valid assignment; never worse than it. */
 double assign_improve(const assign_task *t, int *rank);
 /* What `rank` comes to. */
 double assign_worst(const assign_task *t, const int *rank);

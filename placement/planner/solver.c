@@ -4,7 +4,9 @@
 #include <math.h>
 #include <string.h>
 
-const solver *const solvers[] = {NULL};
+const solver *const solvers[] = {
+    &solver_contiguous, &solver_random, &solver_lpt, &solver_eplb, &solver_eplb_apart, NULL,
+};
 
 const solver *solver_find(const char *name)
 {
