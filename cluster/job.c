@@ -295,6 +295,10 @@ static void on_message(void *arg, const Convoke__Control__ToCoordinator *m)
     case CONVOKE__CONTROL__TO_COORDINATOR__KIND_GOODBYE:
         on_goodbye(j, m->goodbye);
         return;
+    case CONVOKE__CONTROL__TO_COORDINATOR__KIND_STATISTICS:
+        if (j->listener->statistics)
+            j->listener->statistics(j->arg, m->statistics);
+        return;
     default: /* Hello never comes here */
         return;
     }
@@ -728,6 +732,14 @@ bool job_submit(job *j, Convoke__Control__Sequence *const *sequences, int n)
     return sent;
 }
 
+/* Under the lock; the message says the accepting launch already. */
+static bool send_to_leader(job *j, const Convoke__Control__ToLeader *message)
+{
+    bytes_reset(&j->out);
+    return j->accepting && control_put_to_leader(&j->out, message) == STATUS_OK &&
+           control_server_send(j->server, j->out.data, j->out.size);
+}
+
 static bool send_ids(job *j, Convoke__Control__ToLeader__KindCase kind, const uint64_t *ids, int n)
 {
     Convoke__Control__Ids message_ids = CONVOKE__CONTROL__IDS__INIT;
@@ -737,9 +749,7 @@ static bool send_ids(job *j, Convoke__Control__ToLeader__KindCase kind, const ui
     message_ids.launch = j->accepting_launch;
     message_ids.n_ids = (size_t)n;
     message_ids.ids = (uint64_t *)ids;
-    bytes_reset(&j->out);
-    return j->accepting && control_put_to_leader(&j->out, &message) == STATUS_OK &&
-           control_server_send(j->server, j->out.data, j->out.size);
+    return send_to_leader(j, &message);
 }
 
 bool job_cancel(job *j, const uint64_t *ids, int n)
@@ -767,6 +777,37 @@ bool job_clear_prefix_cache(job *j)
 {
     pthread_mutex_lock(&j->lock);
     bool sent = send_ids(j, CONVOKE__CONTROL__TO_LEADER__KIND_CLEAR_PREFIX_CACHE, NULL, 0);
+    pthread_mutex_unlock(&j->lock);
+    return sent;
+}
+
+bool job_ask_statistics(job *j, uint64_t id)
+{
+    Convoke__Control__StatisticsRequest request = CONVOKE__CONTROL__STATISTICS_REQUEST__INIT;
+    Convoke__Control__ToLeader message = CONVOKE__CONTROL__TO_LEADER__INIT;
+    message.kind_case = CONVOKE__CONTROL__TO_LEADER__KIND_STATISTICS;
+    message.statistics = &request;
+    request.id = id;
+    pthread_mutex_lock(&j->lock);
+    request.launch = j->accepting_launch;
+    bool sent = send_to_leader(j, &message);
+    pthread_mutex_unlock(&j->lock);
+    return sent;
+}
+
+bool job_replan(job *j, const job_plan *plan, uint64_t bytes_per_second)
+{
+    Convoke__Control__Replan replan = CONVOKE__CONTROL__REPLAN__INIT;
+    Convoke__Control__ToLeader message = CONVOKE__CONTROL__TO_LEADER__INIT;
+    message.kind_case = CONVOKE__CONTROL__TO_LEADER__KIND_REPLAN;
+    message.replan = &replan;
+    replan.epoch = plan->epoch;
+    replan.plan_json = (char *)plan->json;
+    replan.name = (char *)plan->name;
+    replan.bytes_per_second = bytes_per_second;
+    pthread_mutex_lock(&j->lock);
+    replan.launch = j->accepting_launch;
+    bool sent = send_to_leader(j, &message);
     pthread_mutex_unlock(&j->lock);
     return sent;
 }

@@ -34,6 +34,9 @@ typedef struct {
     uint64_t kv_bytes;
     double step_seconds; /* 0: by measurement */
     bool prefix_cache;
+    bool count_pairs;              /* the routing statistics hold pairs of experts */
+    const char *replicas, *owners; /* which copy computes a row, where sequences live; NULL: the workers' default */
+    const char *topology_path;     /* what those are priced with; NULL: constants of a small CPU rank */
     /* patience */
     double hang_seconds; /* a step that takes longer, or a rank silent for longer */
     double load_seconds; /* no progress while loading for longer */
@@ -44,6 +47,13 @@ typedef struct {
 
 typedef enum { JOB_STARTING, JOB_LOADING, JOB_READY, JOB_RESTARTING, JOB_GIVEN_UP, JOB_STOPPED } job_state;
 
+/* A plan that a launch starts with, as it is sent. */
+typedef struct {
+    const char *json; /* kept by whoever gave it until the next call of the listener */
+    const char *name;
+    uint64_t epoch;
+} job_plan;
+
 typedef struct {
     /* Each launch goes through STARTING, LOADING and READY, each loss through RESTARTING (also said again, with a further
      * sentence); STOPPED comes last. sentence: why, for a person; "" when nothing is to be said. The job itself logs only what
@@ -53,6 +63,9 @@ typedef struct {
     /* Workers can take sequences: submit from within this call what is to be continued. state(JOB_READY) follows. */
     void (*ready)(void *arg, const Convoke__Control__Ready *ready, const Convoke__Control__Hello *hello);
     void (*report)(void *arg, const Convoke__Control__Report *report);
+    /* The ranks of a launch are known: which plan they are to start with. False (and NULL): the options', or contiguous. */
+    bool (*plan)(void *arg, const Convoke__Control__Hello *hello, job_plan *out);
+    void (*statistics)(void *arg, const Convoke__Control__Statistics *statistics); /* NULL is fine */
 } job_listener;
 
 typedef struct job job;
@@ -70,6 +83,10 @@ bool job_submit(job *j, Convoke__Control__Sequence *const *sequences, int n);
 bool job_cancel(job *j, const uint64_t *ids, int n);
 bool job_hold(job *j, const uint64_t *ids, int n, bool hold);
 bool job_clear_prefix_cache(job *j);
+/* The routing counts since they were last asked for come by listener->statistics, with this id. */
+bool job_ask_statistics(job *j, uint64_t id);
+/* While serving; how it goes stands in reports. bytes_per_second of a rank's loading; 0: the workers choose. */
+bool job_replan(job *j, const job_plan *plan, uint64_t bytes_per_second);
 
 /* HOST:PORT where workers may join (for logs, and for workers started by others). */
 const char *job_address(const job *j);

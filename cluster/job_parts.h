@@ -54,6 +54,8 @@ struct job {
     char plan_name[64];
     uint64_t plan_epoch;
     int plan_ranks;
+    char *topology_json;
+    int topology_ranks;
     char isa[32]; /* kept from the first Ready on */
     control_secret secret;
     uint64_t n_launches; /* numbers given so far */

@@ -1,6 +1,7 @@
 #include "cluster/job_parts.h"
 
 #include "placement/plan.h"
+#include "placement/topology.h"
 
 #include <errno.h>
 #include <math.h>
@@ -22,8 +23,9 @@ static status own_text(const char **text)
 
 static const char **texts_of(job_options *o, int i)
 {
-    const char **all[] = {&o->hostfile,  &o->mpirun,    &o->mpirun_args, &o->worker,  &o->listen, &o->secret_file,
-                          &o->model_dir, &o->plan_path, &o->weights,     &o->combine, &o->rows,   &o->isa};
+    const char **all[] = {&o->hostfile,    &o->mpirun,    &o->mpirun_args, &o->worker,  &o->listen,
+                          &o->secret_file, &o->model_dir, &o->plan_path,   &o->weights, &o->combine,
+                          &o->rows,        &o->isa,       &o->replicas,    &o->owners,  &o->topology_path};
     return i < (int)(sizeof all / sizeof all[0]) ? all[i] : NULL;
 }
 
@@ -47,6 +49,7 @@ void job_setup_clear(job *j)
         free((char *)*texts_of(&j->options, i));
     hosts_clear(&j->hosts);
     free(j->plan_json);
+    free(j->topology_json);
     explicit_bzero(&j->secret, sizeof j->secret);
 }
 
@@ -57,7 +60,7 @@ static status find_programs(job *j)
     if (!path)
         return status_fail(STATUS_USAGE, "%s cannot be executed%s", name, strchr(name, '/') ? "" : ": it is not on PATH");
     snprintf(j->mpirun, sizeof j->mpirun, "%s", path);
-    path = j->options.worker ? launcher_find_program(j->options.worker) : launcher_find_worker();
+    path = j->options.worker ? launcher_find_program(j->options.worker) : launcher_find_beside("convoke-worker");
     if (!path)
         return status_fail(STATUS_USAGE, "%s cannot be executed",
                            j->options.worker ? j->options.worker : "convoke-worker, beside this program or on PATH,");
@@ -65,25 +68,28 @@ static status find_programs(job *j)
     return STATUS_OK;
 }
 
-static status read_plan_text(job *j, const char *path)
+/* The whole file, NUL at its end. `what` is what it holds. */
+static status read_text(const char *path, const char *what, char **out)
 {
     FILE *f = fopen(path, "re");
     if (!f)
         return status_fail(STATUS_IO, "%s: %s", path, strerror(errno));
-    j->plan_json = malloc(MAX_PLAN_BYTES + 1);
-    size_t n = j->plan_json ? fread(j->plan_json, 1, MAX_PLAN_BYTES + 1, f) : 0;
+    char *text = malloc(MAX_PLAN_BYTES + 1);
+    size_t n = text ? fread(text, 1, MAX_PLAN_BYTES + 1, f) : 0;
     bool failed = ferror(f) != 0;
     fclose(f);
-    if (!j->plan_json)
-        return status_fail(STATUS_NO_MEMORY, "%s: no memory to read it", path);
-    if (failed)
-        return status_fail(STATUS_IO, "%s: cannot be read", path);
-    if (n > MAX_PLAN_BYTES)
-        return status_fail(STATUS_UNSUPPORTED, "%s: a plan of more than %d MB cannot be handed to workers", path,
-                           MAX_PLAN_BYTES >> 20);
-    j->plan_json[n] = '\0';
-    char *fitted = realloc(j->plan_json, n + 1);
-    j->plan_json = fitted ? fitted : j->plan_json;
+    status st = !text                ? status_fail(STATUS_NO_MEMORY, "%s: no memory to read it", path)
+                : failed             ? status_fail(STATUS_IO, "%s: cannot be read", path)
+                : n > MAX_PLAN_BYTES ? status_fail(STATUS_UNSUPPORTED, "%s: a %s of more than %d MB cannot be handed to workers",
+                                                   path, what, MAX_PLAN_BYTES >> 20)
+                                     : STATUS_OK;
+    if (st != STATUS_OK) {
+        free(text);
+        return st;
+    }
+    text[n] = '\0';
+    char *fitted = realloc(text, n + 1);
+    *out = fitted ? fitted : text;
     return STATUS_OK;
 }
 
@@ -93,7 +99,7 @@ static status read_plan(job *j)
     const char *path = j->options.plan_path;
     if (!path)
         return STATUS_OK;
-    TRY(read_plan_text(j, path));
+    TRY(read_text(path, "plan", &j->plan_json));
     TRY(plan_parse(path, j->plan_json, strlen(j->plan_json), NULL, &p));
     snprintf(j->plan_name, sizeof j->plan_name, "%s", p.name);
     j->plan_epoch = (uint64_t)p.epoch;
@@ -101,6 +107,22 @@ static status read_plan(job *j)
     plan_clear(&p);
     if (!j->options.wait_for_workers && j->plan_ranks != j->options.n_ranks)
         return status_fail(STATUS_USAGE, "%s is a plan for %d ranks, but %d are to be started", path, j->plan_ranks,
+                           j->options.n_ranks);
+    return STATUS_OK;
+}
+
+static status read_topology(job *j)
+{
+    topology t = {0};
+    const char *path = j->options.topology_path;
+    if (!path)
+        return STATUS_OK;
+    TRY(read_text(path, "topology", &j->topology_json));
+    TRY(topology_parse(path, j->topology_json, strlen(j->topology_json), &t));
+    j->topology_ranks = t.n_ranks;
+    topology_clear(&t);
+    if (!j->options.wait_for_workers && j->topology_ranks != j->options.n_ranks)
+        return status_fail(STATUS_USAGE, "%s is a topology of %d ranks, but %d are to be started", path, j->topology_ranks,
                            j->options.n_ranks);
     return STATUS_OK;
 }
@@ -160,6 +182,7 @@ status job_setup(job *j, const job_options *options, const control_listener *lis
         hosts_assign(&j->hosts, j->n_ranks);
     }
     TRY(read_plan(j));
+    TRY(read_topology(j));
     if (o->secret_file)
         TRY(control_secret_read(o->secret_file, &j->secret));
     snprintf(j->isa, sizeof j->isa, "%s", o->isa ? o->isa : "");
@@ -181,15 +204,17 @@ status job_send_setup(job *j, bool *contiguous)
     const job_options *o = &j->options;
     Convoke__Control__Setup setup = CONVOKE__CONTROL__SETUP__INIT;
     Convoke__Control__ToLeader message = CONVOKE__CONTROL__TO_LEADER__INIT;
-    bool planned = j->plan_json && j->plan_ranks == (int)j->life.hello->n_ranks;
+    job_plan start = {.json = j->plan_json, .name = j->plan_name, .epoch = j->plan_epoch};
+    bool chosen = j->listener->plan && j->listener->plan(j->arg, j->life.hello, &start);
+    bool planned = chosen || (j->plan_json && j->plan_ranks == (int)j->life.hello->n_ranks);
     *contiguous = j->plan_json && !planned;
     message.kind_case = CONVOKE__CONTROL__TO_LEADER__KIND_SETUP;
     message.setup = &setup;
     setup.launch = j->life.number;
     setup.model_dir = text_or_empty(o->model_dir);
-    setup.plan_json = text_or_empty(planned ? j->plan_json : NULL);
-    setup.plan_name = planned ? j->plan_name : (char *)"contiguous";
-    setup.plan_epoch = planned ? j->plan_epoch : 0;
+    setup.plan_json = text_or_empty(planned ? start.json : NULL);
+    setup.plan_name = text_or_empty(planned ? start.name : "contiguous");
+    setup.plan_epoch = planned ? start.epoch : 0;
     setup.threads = (uint32_t)o->threads;
     setup.weights = text_or_empty(o->weights);
     setup.combine = text_or_empty(o->combine);
@@ -201,6 +226,10 @@ status job_send_setup(job *j, bool *contiguous)
     setup.hang_ms = (uint32_t)lround(o->hang_seconds * 1e3);
     setup.prefix_cache = o->prefix_cache;
     setup.isa = j->isa;
+    setup.count_pairs = o->count_pairs;
+    setup.replicas = text_or_empty(o->replicas);
+    setup.owners = text_or_empty(o->owners);
+    setup.topology_json = text_or_empty(j->topology_ranks == (int)j->life.hello->n_ranks ? j->topology_json : NULL);
     bytes_writer frame = {0};
     status st = control_put_to_leader(&frame, &message);
     if (st == STATUS_OK && !control_server_send(j->server, frame.data, frame.size))
