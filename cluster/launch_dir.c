@@ -188,6 +188,14 @@ static status name_windows(launch_dir *d)
     return write_file(path, text, strlen(text));
 }
 
+status launch_dir_create_scratch(uint64_t number, launch_dir *out)
+{
+    launch_dir d = {.scratch_lock = -1, .shm_lock = -1};
+    TRY(make_folder(scratch_root(), number, d.scratch, &d.scratch_lock));
+    *out = d;
+    return STATUS_OK;
+}
+
 status launch_dir_create(uint64_t launch, launch_dir *out)
 {
     launch_dir d = {.scratch_lock = -1, .shm_lock = -1};

@@ -20,6 +20,8 @@ typedef struct {
 } launch_dir;
 
 status launch_dir_create(uint64_t launch, launch_dir *out);
+/* Only the folder under $TMPDIR, without its tmp/: for other children than mpirun. */
+status launch_dir_create_scratch(uint64_t number, launch_dir *out);
 void launch_dir_remove(launch_dir *d); /* a zeroed one is fine */
 
 /* Path of a file in it: static buffer. */

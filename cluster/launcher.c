@@ -61,18 +61,18 @@ const char *launcher_find_program(const char *name)
     return NULL;
 }
 
-const char *launcher_find_worker(void)
+const char *launcher_find_beside(const char *name)
 {
-    static _Thread_local char path[4096 + 32];
+    static _Thread_local char path[4096 + 64];
     ssize_t n = readlink("/proc/self/exe", path, 4095);
     if (n > 0) {
         path[n] = '\0';
-        char *slash = strrchr(path, '/');
-        strcpy(slash ? slash + 1 : path, "convoke-worker");
+        char *slash = strrchr(path, '/'), *end = slash ? slash + 1 : path;
+        snprintf(end, sizeof path - (size_t)(end - path), "%s", name);
         if (access(path, X_OK) == 0)
             return path;
     }
-    return launcher_find_program("convoke-worker");
+    return launcher_find_program(name);
 }
 
 /* ---- the environment of mpirun ---- */

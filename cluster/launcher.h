@@ -24,8 +24,8 @@ typedef struct {
 
 /* Finds a program as a shell does; a name with a slash is checked only. Static buffer, NULL: there is none. */
 const char *launcher_find_program(const char *name);
-/* convoke-worker beside this program, or on PATH. */
-const char *launcher_find_worker(void);
+/* "convoke-worker", "convoke-plan": beside this program, or on PATH. Static buffer, NULL: there is none. */
+const char *launcher_find_beside(const char *name);
 
 status launcher_start(const launch_request *request, launcher **out);
 /* Readable when launcher_step() has something to do. */

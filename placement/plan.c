@@ -15,6 +15,30 @@
 #define PLAN_VERSION   1
 #define PLAN_MAX_BYTES ((size_t)1 << 30)
 
+static int *copy_ints(const int *from, size_t n)
+{
+    int *to = malloc((n ? n : 1) * sizeof *to);
+    if (to && n)
+        memcpy(to, from, n * sizeof *to);
+    return to;
+}
+
+status plan_copy(const plan *p, plan *out)
+{
+    size_t n_lists = (size_t)p->n_layers * (size_t)p->n_experts;
+    plan copy = *p;
+    copy.layer_numbers = copy_ints(p->layer_numbers, (size_t)p->n_layers);
+    copy.node_of_rank = copy_ints(p->node_of_rank, (size_t)p->n_ranks);
+    copy.first_copy = copy_ints(p->first_copy, n_lists + 1);
+    copy.copy_ranks = copy_ints(p->copy_ranks, (size_t)p->first_copy[n_lists]);
+    if (!copy.layer_numbers || !copy.node_of_rank || !copy.first_copy || !copy.copy_ranks) {
+        plan_clear(&copy);
+        return status_fail(STATUS_NO_MEMORY, "plan %s: no memory to copy it", p->name);
+    }
+    *out = copy;
+    return STATUS_OK;
+}
+
 void plan_clear(plan *p)
 {
     free(p->layer_numbers);

@@ -50,6 +50,7 @@ status plan_write_beside(const plan *p, const char *model_name, const cJSON *bes
 /* Tokens per expert that a plan file says it was made from ("tokens_per_expert"), [n_layers][n_experts]: free(); NULL when it
  * says nothing. `made` is the plan of that file. */
 status plan_read_counts(const char *path, const plan *made, uint64_t **out);
+status plan_copy(const plan *p, plan *out);
 void plan_clear(plan *p); /* a zeroed one is fine */
 
 static inline int plan_n_copies(const plan *p, int layer, int expert)
