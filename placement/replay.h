@@ -11,9 +11,9 @@
  * from each. A layer costs  compute + dispatch + combine:
  *   compute   max over ranks of rows * row_us + touched * expert_us      rows: (token, expert) rows; touched: experts with a row
  *   dispatch  max over ranks of max(out, in) + us                        out, in: sums of bytes * us_per_byte (topology.h), one
- *                                                                        NIC per rank; us: of the slowest class that carried
- *                                                                        anything, 0 if none
- *   combine   the same with out and in exchanged
+ *                                                                        NIC per rank; us: the largest of the classes that
+ *                                                                        carried anything, 0 if none
+ *   combine   the same for the rows on their way back: out and in exchanged, each over the reverse link
  * With node_dedupe a row crosses to another node once, to the rank there whose local index is the owner's modulo that node's
  * ranks, which forwards it to the others there (same-node out and in; itself nothing); combine runs backwards.
  * step_us = mean over steps of the sum over layers.
@@ -67,7 +67,7 @@ void replay_schedule_clear(replay_schedule *s);
 
 typedef struct {
     int64_t n_steps, n_rows;                    /* n_rows: tokens replayed */
-    double step_us, low_us, high_us;            /* mean and bootstrap 95 % interval (1,000 resamples of steps, fixed seed) */
+    double step_us, low_us, high_us;            /* mean and bootstrap 95 % interval (1,000 resamples of steps, fixed draws) */
     double compute_us, dispatch_us, combine_us; /* their sum is step_us */
     double copies;                              /* rows per token and layer to ranks other than the owner */
     double cross_copies; /* distinct nodes other than the owner's with node_dedupe, else rows to ranks on other nodes */

@@ -3,7 +3,8 @@
  * Every rank computes it alike from the same counts before rows leave (worker), and replay.h computes it for a simulated step.
  * Pure; nothing is allocated. The algorithm has a name, REPLICA_SPLIT, because results depend on it:
  *
- *   "water-fill-1": <its rules, to the letter, so that another program can repeat it: written by whoever implements it here>
+ *   "water-fill-1": whole experts first, most rows first, each onto its least loaded copy; then the busiest rank hands rows or
+ *   whole experts on, by one copy, by a path of copies or in exchange, until no rank can take any.
  *
  * Integer rows, splits allowed; a copy with at least one row costs expert_us once, each row row_us (topology.h). Ties: lower
  * expert, then lower rank. */
@@ -29,11 +30,13 @@ void replica_split_rows(replica_split *s, const plan *p, int layer, const double
  * its node, then the rest, each in (owner, copy) order. An owner's rows in their order fill its copies in the plan's order. */
 void replica_split_owners(replica_split *s, const plan *p, int layer, int n_owners, const int32_t *rows_of_owner,
                           const int32_t *rows_of_copy, int32_t *quota);
-/* Microseconds of the busiest rank, and the least possible by any integer split when `fractional` is false, else with rows cut at
- * will and expert_us charged for single copies only: the largest forced(A) / |A| over sets of ranks A (a max-flow), a lower
- * bound. Offline only. */
+/* Microseconds of the busiest rank. */
 double replica_split_busiest(const plan *p, int layer, const double *row_us, const double *expert_us,
                              const int32_t *rows_of_copy);
+/* No split of whole rows makes the busiest rank quicker than this: rows cut at will, each expert with rows charged for opening
+ * one copy, the cheapest in rows. It is the largest over sets of ranks A of (what is forced into A) / (speed of A), found by
+ * max-flow; exact for that relaxation, so where expert_us is 0 the best split lies less than a row above it. Offline only: it
+ * allocates. */
 status replica_split_bound(const plan *p, int layer, const double *row_us, const double *expert_us, const double *rows,
                            double *out);
 
