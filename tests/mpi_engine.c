@@ -26,9 +26,34 @@ static const struct {
      false,
      true,
      {.chunk = 64, .max_sequences = 8, .threads = 1, .kv_blocks = 120, .prefix_cache = true, .twice = true, .seed = 2}},
+    {"plans change", false, false, {.chunk = 16, .max_sequences = 8, .threads = 1, .replan = true, .seed = 4}},
+    {"plans change, copied weights, few blocks, cache, holds, counts",
+     true,
+     false,
+     {.chunk = 64,
+      .max_sequences = 12,
+      .threads = 2,
+      .kv_blocks = 6,
+      .prefix_cache = true,
+      .disturb = true,
+      .replan = true,
+      .count = true,
+      .weights = WEIGHTS_COPY,
+      .seed = 11}},
+    {"statistics are asked for", false, false, {.chunk = 16, .max_sequences = 8, .threads = 1, .count = true, .seed = 6}},
 };
 
 static mix_answer want[MIX_REQUESTS], got[MIX_REQUESTS];
+
+/* Prompts, and what was generated but for each request's last token, which never runs. */
+static uint64_t n_positions(void)
+{
+    int32_t prompt[MIX_LENGTH];
+    uint64_t n = 0;
+    for (int i = 0; i < MIX_REQUESTS; i++)
+        n += (uint64_t)(support_mix_request(i, prompt).n_prompt + (want[i].n_tokens ? want[i].n_tokens - 1 : 0));
+    return n;
+}
 
 static void compare_variants(group *g)
 {
@@ -46,6 +71,10 @@ static void compare_variants(group *g)
         }
         assert_true(!variants[v].must_preempt || counts.n_preempted > 0);
         assert_true(!variants[v].must_hit || counts.prefix_hits > 0);
+        assert_true(!variants[v].setting.replan || counts.plan_epoch > 3);
+        assert_true(!variants[v].setting.count || counts.n_times_counted > 3);
+        if (variants[v].setting.count && !variants[v].setting.prefix_cache) /* every position of every request once */
+            assert_int_equal(counts.n_counted, n_positions());
     }
 }
 

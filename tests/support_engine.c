@@ -1,6 +1,7 @@
 #include "tests/support_engine.h"
 
 #include "tests/support.h"
+#include "tests/support_plan.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -166,12 +167,62 @@ static void disturb(engine *e, const mix_setting *s, uint64_t *random)
         check(engine_cancel(e, (uint64_t)i));
 }
 
-static void run_mix(engine *e, const mix_setting *s)
+/* A random plan, at a rate that lets it be live before the next one comes, or not. */
+static void ask_replan(engine *e, uint64_t *random, uint64_t epoch)
+{
+    const plan *live = engine_plan(e);
+    plan_shape shape = {
+        .n_ranks = live->n_ranks, .n_experts = live->n_experts, .n_layers = live->n_layers, .layer_numbers = live->layer_numbers};
+    plan p = {0};
+    check(support_random_plan(random, &shape, live->node_of_rank, 0.3, &p));
+    check(engine_replan(e, &p, epoch, support_below(random, 2) ? (uint64_t)1 << 30 : (uint64_t)1 << 20));
+    plan_clear(&p);
+}
+
+static void hear_counts(engine *e, mix_counts *counts)
+{
+    engine_counts c;
+    if (!engine_take_counts(e, &c))
+        return;
+    assert_true(counts->asked && !c.failed);
+    counts->asked = false;
+    counts->n_counted += c.tokens;
+    counts->n_times_counted++;
+}
+
+static void rearrange(engine *e, const mix_setting *s, uint64_t *random, mix_counts *counts)
+{
+    if (s->replan && support_below(random, 3) == 0)
+        ask_replan(e, random, ++counts->plan_epoch);
+    hear_counts(e, counts);
+    if (s->count && support_below(random, 5) == 0 && !counts->asked) {
+        counts->asked = true;
+        check(engine_ask_counts(e));
+    }
+}
+
+/* What is under way comes to its end without sequences, too. */
+static void settle(engine *e, const mix_setting *s, mix_counts *counts)
+{
+    engine_counters c;
+    for (int steps = 0; engine_pending(e); steps++) {
+        assert_true(steps < 100000);
+        check(engine_step(e));
+    }
+    hear_counts(e, counts);
+    engine_get_counters(e, &c);
+    assert_int_equal(c.plan_epoch, counts->plan_epoch);
+    assert_true(!s->replan || c.replan.stage == ENGINE_REPLAN_LIVE);
+    assert_true(c.replan.loaded_bytes <= c.replan.total_bytes);
+}
+
+static void run_mix(engine *e, const mix_setting *s, mix_counts *counts)
 {
     uint64_t random = s->seed;
     submit_mix(e, s);
     for (int steps = 0; steps < 4000; steps++) {
         disturb(e, s, &random);
+        rearrange(e, s, &random, counts);
         if (!engine_busy(e)) {
             for (int i = 0; i < MIX_REQUESTS; i++)
                 check(engine_hold(e, (uint64_t)i, false));
@@ -186,12 +237,20 @@ static void run_mix(engine *e, const mix_setting *s)
 static void lead(engine *e, int n_ranks, const mix_setting *s, mix_answer *answers, mix_counts *counts)
 {
     engine_counters c;
+    *counts = (mix_counts){0};
     for (int round = 0; round <= s->twice; round++) {
         memset(answers, 0, MIX_REQUESTS * sizeof *answers);
-        run_mix(e, s);
+        run_mix(e, s, counts);
+    }
+    settle(e, s, counts);
+    if (s->count) {
+        counts->asked = true;
+        check(engine_ask_counts(e));
+        settle(e, s, counts);
     }
     engine_get_counters(e, &c);
-    *counts = (mix_counts){.n_preempted = c.n_preempted, .prefix_hits = c.prefix_hits};
+    counts->n_preempted = c.n_preempted;
+    counts->prefix_hits = c.prefix_hits;
     assert_int_equal(c.n_running + c.n_waiting, 0);
     check(engine_step(e)); /* the last leaves; a step with nothing to do is fine */
     engine_get_counters(e, &c);
@@ -215,12 +274,14 @@ void support_mix_run(group *g, const char *dir, const mix_setting *s, mix_answer
     runtime_options o = {.model_dir = dir,
                          .threads = s->threads,
                          .combine = COMBINE_FIXED,
+                         .weights = s->weights,
                          .limits = {.max_sequences = s->max_sequences,
                                     .chunk = s->chunk,
                                     .max_length = MIX_LENGTH,
                                     .kv_bytes = (size_t)s->kv_blocks * block_bytes(dir),
                                     .step_seconds = s->step_seconds,
                                     .prefix_cache = s->prefix_cache,
+                                    .count_pairs = s->count,
                                     .n_domains = 1,
                                     .domains = &domain}};
     runtime *r = NULL;

@@ -33,11 +33,16 @@ typedef struct {
     bool disturb;    /* hold and let go at random */
     unsigned cancel; /* requests (bits) that are cancelled at some random step */
     unsigned only;   /* requests (bits) to submit; 0: all */
-    uint64_t seed;   /* of the disturbances, and of the order of submission */
+    bool replan;     /* another random plan every few steps, some of them before the last is live; all must be live in the end */
+    bool count;      /* ask for the statistics every few steps; they must add up to those of a run that asks for none */
+    weights_mode weights;
+    uint64_t seed; /* of the disturbances, and of the order of submission */
 } mix_setting;
 
 typedef struct {
     unsigned long long n_preempted, prefix_hits;
+    uint64_t plan_epoch, n_counted, n_times_counted;
+    bool asked;
 } mix_counts;
 
 /* Request i of the mix; prompt: [MIX_LENGTH]. Its lists are static. */

@@ -2,13 +2,16 @@
  * does more than fail with one sentence. */
 #include "tests/support.h"
 
+#include "proto/clock.h"
 #include "proto/safetensors.h"
 #include "worker/checkpoint.h"
+#include "worker/expert_copies.h"
 
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 /* ---- small made-up checkpoints ---- */
@@ -435,6 +438,145 @@ static void only_the_own_share(void **state)
     support_remove(folder);
 }
 
+/* ---- experts that come and go ---- */
+
+static void await(expert_copies *c, bool (*there)(expert_copies *c))
+{
+    for (int i = 0; !there(c); i++) {
+        assert_true(i < 10000);
+        nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+    }
+}
+
+static bool is_ready(expert_copies *c)
+{
+    return expert_copies_progress(c).ready;
+}
+
+static void read_all_held(const model_weights *w)
+{
+    size_t sum = 0;
+    for (int k = 0; k < 32; k++) {
+        const mlp_weights *e = &w->layers[k / 16].experts[k % 16];
+        if (e->gate.data)
+            sum += touch(&e->gate) + touch(&e->up) + touch(&e->down);
+    }
+    assert_true(sum > 0);
+}
+
+static void assert_holds(const model_weights *w, const model_weights *all, const unsigned char *holds)
+{
+    for (int k = 0; k < 32; k++) {
+        const mlp_weights *e = &w->layers[k / 16].experts[k % 16], *want = &all->layers[k / 16].experts[k % 16];
+        assert_int_equal(e->gate.data != NULL, holds[k]);
+        if (!holds[k])
+            continue;
+        assert_memory_equal(e->gate.data, want->gate.data, WIDE * 128 * 2);
+        assert_memory_equal(e->up.data, want->up.data, WIDE * 128 * 2);
+        assert_memory_equal(e->down.data, want->down.data, WIDE * 128 * 2);
+    }
+}
+
+static void resident_is(const checkpoint *ck, const model_weights *w, int mode)
+{
+    size_t resident = checkpoint_resident_bytes(ck), edges = (size_t)sysconf(_SC_PAGESIZE) * 2 * (3 * 16 + 16);
+    assert_true(resident >= w->expert_bytes);
+    if (resident > w->expert_bytes + w->shared_bytes + edges)
+        fail_msg("mode %d: %zu bytes resident for a share of %zu", mode, resident, w->expert_bytes + w->shared_bytes);
+}
+
+static void experts_come_and_go(void **state)
+{
+    (void)state;
+    const char *folder = support_scratch();
+    char path[4200];
+    static const int layers[] = {0, 1};
+    model_config c = config_of("qwen3_moe", "\"num_experts\": 16, \"hidden_size\": 128, \"moe_intermediate_size\": 256,");
+    model m = model_of(&c);
+    snprintf(path, sizeof path, "%s/model.safetensors", folder);
+    write_file(path, &m, 0);
+    checkpoint *reference, *ck;
+    const model_weights *all, *w;
+    assert_int_equal(bind_folder(folder, &c, NULL, WEIGHTS_MAP, &reference, &all), STATUS_OK);
+    for (int mode = 0; mode < 2; mode++) {
+        unsigned char holds[32], next[32];
+        uint64_t random = 5;
+        expert_copies *copies;
+        for (int k = 0; k < 32; k++)
+            holds[k] = k % 4 == 1;
+        assert_int_equal(bind_folder(folder, &c, holds, (weights_mode)mode, &ck, &w), STATUS_OK);
+        assert_int_equal(expert_copies_create(ck, &c, layers, holds, &copies), STATUS_OK);
+        read_all_held(w);
+        for (int round = 0; round < 6; round++) {
+            size_t fresh = 0, n = 0;
+            for (int k = 0; k < 32; k++) {
+                next[k] = (unsigned char)(support_below(&random, 3) == 0);
+                fresh += next[k] && !holds[k];
+                n += next[k];
+            }
+            unsigned char other[32]; /* a wish that a newer one takes the place of, slow enough not to be done */
+            for (int k = 0; k < 32; k++)
+                other[k] = !holds[k];
+            if (round % 2 == 1)
+                assert_int_equal(expert_copies_wish(copies, other, (uint64_t)1 << 20), STATUS_OK);
+            assert_int_equal(expert_copies_wish(copies, next, (uint64_t)1 << 30), STATUS_OK);
+            await(copies, is_ready);
+            expert_copies_state told = expert_copies_progress(copies);
+            assert_true(told.loaded == told.total && !told.failed && told.total <= fresh * 3 * WIDE * 128 * 2);
+            assert_holds(w, all, holds); /* until it is said, nothing changes */
+            expert_copies_flip(copies);
+            memcpy(holds, next, sizeof holds);
+            assert_holds(w, all, holds);
+            assert_int_equal(w->expert_bytes, n * 3 * WIDE * 128 * 2);
+            await(copies, expert_copies_at_rest);
+            resident_is(ck, w, mode);
+        }
+        memset(next, 1, sizeof next);
+        assert_int_equal(expert_copies_wish(copies, next, (uint64_t)1 << 30), STATUS_OK);
+        await(copies, is_ready);
+        expert_copies_forget(copies); /* what was loaded for nothing goes back */
+        await(copies, expert_copies_at_rest);
+        resident_is(ck, w, mode);
+        assert_holds(w, all, holds);
+        expert_copies_destroy(copies);
+        checkpoint_close(ck);
+    }
+    checkpoint_close(reference);
+    free(m.list);
+    model_config_clear(&c);
+    support_remove(folder);
+}
+
+/* Half a megabyte at ten megabytes a second takes no less than that. */
+static void loading_keeps_to_its_rate(void **state)
+{
+    (void)state;
+    const char *folder = support_scratch();
+    char path[4200];
+    static const int layers[] = {0, 1};
+    model_config c = config_of("qwen3_moe", "\"num_experts\": 16, \"hidden_size\": 128, \"moe_intermediate_size\": 256,");
+    model m = model_of(&c);
+    snprintf(path, sizeof path, "%s/model.safetensors", folder);
+    write_file(path, &m, 0);
+    for (int mode = 0; mode < 2; mode++) {
+        checkpoint *ck;
+        const model_weights *w;
+        unsigned char holds[32] = {1}, next[32] = {1, 1, 1, 1};
+        expert_copies *copies;
+        assert_int_equal(bind_folder(folder, &c, holds, (weights_mode)mode, &ck, &w), STATUS_OK);
+        assert_int_equal(expert_copies_create(ck, &c, layers, holds, &copies), STATUS_OK);
+        double start = clock_seconds();
+        assert_int_equal(expert_copies_wish(copies, next, 10000000), STATUS_OK);
+        await(copies, is_ready);
+        assert_true(clock_seconds() - start >= 0.9 * (3 * 3 * WIDE * 128 * 2) / 1e7);
+        expert_copies_destroy(copies);
+        checkpoint_close(ck);
+    }
+    free(m.list);
+    model_config_clear(&c);
+    support_remove(folder);
+}
+
 /* ---- formats, tied heads, what is left over ---- */
 
 static void mixed_formats(void **state)
@@ -758,6 +900,9 @@ int main(void)
         {"the bundled model binds, its head tied", bundled, NULL, NULL, NULL},
         {"ranks' shares add up to the model", shares_add_up, NULL, NULL, NULL},
         {"a rank's memory holds its own experts only, mapped and copied", only_the_own_share, NULL, NULL, NULL},
+        {"experts come and go, mapped and copied: the right weights, and the memory goes back", experts_come_and_go, NULL, NULL,
+         NULL},
+        {"loading keeps to its rate", loading_keeps_to_its_rate, NULL, NULL, NULL},
         {"every tensor may have its own format, a layer's experts have one", mixed_formats, NULL, NULL, NULL},
         {"missing, misshapen, of a strange dtype: refused by name", bad_tensors, NULL, NULL, NULL},
         {"NaN or infinity in gates, norms, biases: refused by name", not_a_number, NULL, NULL, NULL},

@@ -2,7 +2,9 @@
  * order or at once, whatever happens to a rank, to mpirun or to the coordinator; nothing is left behind. */
 #include "tests/fake_control.h"
 #include "tests/support.h"
+#include "tests/support_plan.h"
 
+#include "placement/routing_stats.h"
 #include "proto/clock.h"
 #include "proto/safetensors.h"
 
@@ -30,6 +32,10 @@ typedef struct {
     Convoke__Control__Finish finish[MAX_SEQUENCES];
     char reason[MAX_SEQUENCES][512];
     int reports;
+    Convoke__Control__ReplanStage stage[MAX_SEQUENCES]; /* of plan epochs, and how often each was told */
+    int told[MAX_SEQUENCES][CONVOKE__CONTROL__REPLAN_STAGE__REPLAN_REPLACED + 1];
+    char refused[MAX_SEQUENCES][512];
+    uint64_t plan_epoch;
 } answers;
 
 static void take_event(answers *a, const Convoke__Control__Event *e)
@@ -50,6 +56,14 @@ static void take_event(answers *a, const Convoke__Control__Event *e)
     }
 }
 
+static void take_replan(answers *a, const Convoke__Control__ReplanState *r)
+{
+    assert_true(r->epoch < MAX_SEQUENCES && r->loaded_bytes <= r->total_bytes);
+    a->stage[r->epoch] = r->stage;
+    a->told[r->epoch][r->stage]++;
+    snprintf(a->refused[r->epoch], sizeof a->refused[0], "%s", r->reason);
+}
+
 /* Takes one message; false: the connection has ended. */
 static bool listen_once(fake_control *f, answers *a, double seconds)
 {
@@ -60,6 +74,9 @@ static bool listen_once(fake_control *f, answers *a, double seconds)
     a->reports++;
     for (size_t i = 0; i < m->report->n_events; i++)
         take_event(a, m->report->events[i]);
+    for (size_t i = 0; i < m->report->n_replans; i++)
+        take_replan(a, m->report->replans[i]);
+    a->plan_epoch = m->report->partial ? a->plan_epoch : m->report->plan_epoch;
     fake_control_free(m);
     return true;
 }
@@ -251,6 +268,159 @@ static void a_held_sequence_stands_still_until_released(void **state)
     free(a);
     stop_in_order(&f);
 }
+
+/* ---- another plan, and statistics ---- */
+
+static char *plan_text(int n_ranks, int n_experts, bool reversed)
+{
+    const char *folder = support_scratch();
+    char path[4200], *text = calloc(1, 1 << 16);
+    plan p = {0};
+    plan_shape shape = {.n_ranks = n_ranks, .n_experts = n_experts, .n_layers = 3};
+    assert_int_equal(reversed ? support_reversed_plan(&shape, NULL, &p) : plan_contiguous(&shape, NULL, &p), STATUS_OK);
+    snprintf(path, sizeof path, "%s/plan.json", folder);
+    assert_int_equal(plan_write(&p, MODEL, path), STATUS_OK);
+    FILE *file = fopen(path, "r");
+    assert_true(file && fread(text, 1, (1 << 16) - 1, file) > 0);
+    fclose(file);
+    plan_clear(&p);
+    support_remove(folder);
+    return text;
+}
+
+static void replan(fake_control *f, char *text, uint64_t epoch, uint64_t rate)
+{
+    Convoke__Control__ToLeader m = CONVOKE__CONTROL__TO_LEADER__INIT;
+    Convoke__Control__Replan r = CONVOKE__CONTROL__REPLAN__INIT;
+    r.launch = FAKE_LAUNCH;
+    r.epoch = epoch;
+    r.plan_json = text;
+    r.bytes_per_second = rate;
+    m.kind_case = CONVOKE__CONTROL__TO_LEADER__KIND_REPLAN;
+    m.replan = &r;
+    fake_control_send(f, &m);
+}
+
+static void listen_until_stage(fake_control *f, answers *a, int epoch, Convoke__Control__ReplanStage stage)
+{
+    while (a->told[epoch][stage] == 0)
+        assert_true(listen_once(f, a, 30));
+}
+
+static void a_plan_takes_over(void **state)
+{
+    (void)state;
+    const Convoke__Control__ReplanStage live = CONVOKE__CONTROL__REPLAN_STAGE__REPLAN_LIVE,
+                                        refused = CONVOKE__CONTROL__REPLAN_STAGE__REPLAN_REFUSED;
+    fake_control f;
+    answers *a = calloc(1, sizeof *a);
+    char *reversed = plan_text(2, 16, true), *straight = plan_text(2, 16, false), *wrong = plan_text(2, 12, false);
+    fake_control_open(&f, support_data(MODEL));
+    f.setup.plan_epoch = 1;
+    serve(&f, 2, NULL);
+    for (int i = 0; i < 3; i++)
+        submit_one(&f, i, i, greedy_length(i));
+    while (a->n[0] < 2)
+        assert_true(listen_once(&f, a, 30));
+    assert_int_equal(a->plan_epoch, 1);
+    replan(&f, reversed, 3, 0);
+    for (int i = 0; i < 3; i++)
+        listen_until_finished(&f, a, i);
+    listen_until_stage(&f, a, 3, live);
+    assert_int_equal(a->plan_epoch, 3);
+    submit_one(&f, 3, 0, greedy_length(0)); /* under the new one from the start */
+    listen_until_finished(&f, a, 3);
+    for (int i = 0; i < 4; i++)
+        assert_reference(a, i, i % 3);
+    replan(&f, straight, 3, 0);
+    listen_until_stage(&f, a, 3, refused);
+    assert_non_null(strstr(a->refused[3], "epoch 3 is not above"));
+    replan(&f, wrong, 4, 0);
+    listen_until_stage(&f, a, 4, refused);
+    assert_non_null(strstr(a->refused[4], "12 experts"));
+    replan(&f, straight, 5, 20000); /* nobody is served, and it would take long */
+    replan(&f, straight, 6, 0);
+    listen_until_stage(&f, a, 6, live);
+    assert_int_equal(a->told[5][CONVOKE__CONTROL__REPLAN_STAGE__REPLAN_REPLACED], 1);
+    assert_int_equal(a->told[6][live], 1);
+    assert_true(fake_control_said(&f, "plan epoch 6 live after"));
+    free(reversed);
+    free(straight);
+    free(wrong);
+    free(a);
+    stop_in_order(&f);
+}
+
+/* The counts of all requests so far, with pairs; tokens. */
+static uint64_t ask_statistics(fake_control *f, answers *a, uint64_t id, routing_stats *into)
+{
+    Convoke__Control__ToLeader m = CONVOKE__CONTROL__TO_LEADER__INIT;
+    Convoke__Control__StatisticsRequest r = CONVOKE__CONTROL__STATISTICS_REQUEST__INIT;
+    r.launch = FAKE_LAUNCH;
+    r.id = id;
+    m.kind_case = CONVOKE__CONTROL__TO_LEADER__KIND_STATISTICS;
+    m.statistics = &r;
+    fake_control_send(f, &m);
+    for (;;) {
+        from_worker *w = fake_control_hear(f, 30);
+        assert_non_null(w);
+        if (w->kind_case == CONVOKE__CONTROL__TO_COORDINATOR__KIND_REPORT) {
+            for (size_t i = 0; i < w->report->n_events; i++)
+                take_event(a, w->report->events[i]);
+            fake_control_free(w);
+            continue;
+        }
+        assert_int_equal(w->kind_case, CONVOKE__CONTROL__TO_COORDINATOR__KIND_STATISTICS);
+        const Convoke__Control__Statistics *s = w->statistics;
+        assert_true(s->id == id && s->last && s->part == 0 && !*s->failed);
+        if (routing_stats_add_packed(into, s->counts.data, s->counts.len) != STATUS_OK)
+            fail_msg("%s", status_message());
+        uint64_t tokens = s->tokens;
+        fake_control_free(w);
+        return tokens;
+    }
+}
+
+static void statistics_are_told(void **state)
+{
+    (void)state;
+    static const int layers[] = {0, 1, 2};
+    static const char *const domain = "served";
+    fake_control f;
+    answers *a = calloc(1, sizeof *a);
+    routing_stats *stats;
+    routing_shape shape = {
+        .model = MODEL, .n_experts = 16, .top_k = 4, .n_layers = 3, .layer_numbers = layers, .n_domains = 1, .domains = &domain};
+    assert_int_equal(routing_stats_create(&shape, true, &stats), STATUS_OK);
+    fake_control_open(&f, support_data(MODEL));
+    f.setup.count_pairs = true;
+    serve(&f, 4, "--ranks-per-node 2");
+    uint64_t want = 0, got = ask_statistics(&f, a, 1, stats); /* nothing yet */
+    for (int i = 0; i < 3; i++) {
+        submit_one(&f, i, i, greedy_length(i));
+        want += reference_tensor("prompt", i)->shape[0] + (uint64_t)greedy_length(i) - 1;
+        got += ask_statistics(&f, a, (uint64_t)i + 2, stats);
+    }
+    for (int i = 0; i < 3; i++)
+        listen_until_finished(&f, a, i);
+    got += ask_statistics(&f, a, 9, stats);
+    assert_int_equal(got, want);
+    assert_int_equal(routing_stats_tokens(stats, 0, PHASE_PREFILL) + routing_stats_tokens(stats, 0, PHASE_DECODE), want);
+    uint64_t choices = 0, *counts = calloc(3 * 16, sizeof *counts);
+    routing_stats_sum_tokens(stats, -1, -1, counts);
+    for (int i = 0; i < 3 * 16; i++)
+        choices += counts[i];
+    assert_int_equal(choices, want * 3 * 4);
+    assert_non_null(routing_stats_next_layer_pairs(stats, 0, PHASE_DECODE));
+    for (int i = 0; i < 3; i++)
+        assert_reference(a, i, i);
+    free(counts);
+    routing_stats_destroy(stats);
+    free(a);
+    stop_in_order(&f);
+}
+
+/* ---- log-probabilities ---- */
 
 static void check_prompt_event(const Convoke__Control__Event *e, const sequence *q, uint32_t *next)
 {
@@ -686,6 +856,9 @@ int main(void)
         {"four ranks on two nodes do", four_ranks_on_two_nodes_serve_the_reference, NULL, NULL, NULL},
         {"a cancelled sequence ends and the others go on", a_long_answer_is_cancelled, NULL, NULL, NULL},
         {"a held sequence stands still until it is released", a_held_sequence_stands_still_until_released, NULL, NULL, NULL},
+        {"a plan given while serving takes over, tokens unchanged; one that cannot be is refused with the reason",
+         a_plan_takes_over, NULL, NULL, NULL},
+        {"statistics of all ranks are told when they are asked for", statistics_are_told, NULL, NULL, NULL},
         {"log-probabilities and candidates come along", log_probabilities_come_along, NULL, NULL, NULL},
         {"what the engine refuses fails alone, with the sentence", a_refused_sequence_fails_alone, NULL, NULL, NULL},
         {"messages of another launch do nothing and are logged once", messages_of_another_launch_do_nothing, NULL, NULL, NULL},

@@ -135,21 +135,24 @@ static status find_checked(checkpoint *ck, const char *name, int n_out, int n_in
 
 /* ---- binding ---- */
 
-/* `ours` false: checked like all, but data stays NULL. */
-static status bind_matrix(checkpoint *ck, const char *name, int n_out, int n_in, bool ours, weight_matrix *out)
+/* `ours` false: checked like all, but data stays NULL. `stored` (or NULL): where the file has it. */
+static status bind_matrix(checkpoint *ck, const char *name, int n_out, int n_in, bool ours, const void **stored,
+                          weight_matrix *out)
 {
     const tensor_view *view = NULL;
     weight_format format = FORMAT_F32;
     TRY(find_checked(ck, name, n_out, n_in, &view, &format));
     mark(ck, view, ours);
     *out = (weight_matrix){ours ? view->data : NULL, format, n_out, n_in};
+    if (stored)
+        *stored = view->data;
     ck->weights.total_bytes += view->n_bytes;
     return STATUS_OK;
 }
 
 static status bind_shared(checkpoint *ck, const char *name, int n_out, int n_in, weight_matrix *out)
 {
-    TRY(bind_matrix(ck, name, n_out, n_in, true, out));
+    TRY(bind_matrix(ck, name, n_out, n_in, true, NULL, out));
     ck->weights.shared_bytes += (size_t)n_out * (size_t)n_in * weight_format_size(out->format);
     return STATUS_OK;
 }
@@ -245,10 +248,11 @@ static status bind_expert(checkpoint *ck, int l, int e, bool ours, mlp_weights *
 {
     const model_config *c = ck->config;
     const model_family *f = c->family;
+    const void **at = ck->stored + 3 * ((size_t)l * (size_t)c->n_experts + (size_t)e);
     char name[NAME_SIZE];
-    TRY(bind_matrix(ck, expert_name(name, l, f->expert_gate_name, e), c->expert_inter, c->hidden, ours, &w->gate));
-    TRY(bind_matrix(ck, expert_name(name, l, f->expert_up_name, e), c->expert_inter, c->hidden, ours, &w->up));
-    TRY(bind_matrix(ck, expert_name(name, l, f->expert_down_name, e), c->hidden, c->expert_inter, ours, &w->down));
+    TRY(bind_matrix(ck, expert_name(name, l, f->expert_gate_name, e), c->expert_inter, c->hidden, ours, at, &w->gate));
+    TRY(bind_matrix(ck, expert_name(name, l, f->expert_up_name, e), c->expert_inter, c->hidden, ours, at + 1, &w->up));
+    TRY(bind_matrix(ck, expert_name(name, l, f->expert_down_name, e), c->hidden, c->expert_inter, ours, at + 2, &w->down));
     size_t bytes = 3 * (size_t)c->expert_inter * (size_t)c->hidden * weight_format_size(w->gate.format);
     if (ours)
         ck->weights.expert_bytes += bytes;
@@ -350,6 +354,7 @@ static status bind_all(checkpoint *ck, const unsigned char *holds)
     TRY(bind_embeddings(ck));
     TRY(bind_vector(ck, "model.norm.weight", c->hidden, &ck->weights.final_norm));
     TRY(own_block(ck, (size_t)c->n_layers, sizeof *ck->weights.layers, &ck->weights.layers));
+    TRY(own_block(ck, 3 * (size_t)c->n_layers * (size_t)c->n_experts, sizeof *ck->stored, &ck->stored));
     for (int l = 0; l < c->n_layers; l++)
         TRY(bind_layer(ck, l, holds, &ck->weights.layers[l]));
     return STATUS_OK;

@@ -64,6 +64,21 @@ void checkpoint_on_progress(checkpoint *file, checkpoint_listener listener, void
  * copied, or would fill more than half of the memory that is free. Ends early when *stop (NULL: never) turns true. */
 void checkpoint_warm(checkpoint *file, bool (*stop)(void));
 
+/* ---- experts that come and go while the model runs; one caller at a time, its own thread (expert_copies.h) ---- */
+
+/* Asked between pieces of at most 256 KiB, which have just been read; waits as long as it likes; false ends the loading. */
+typedef bool (*checkpoint_pace)(void *arg, size_t bytes);
+/* Brings an expert (layer: the model's own number) into this rank's memory: map: its pages are read; copy: into memory of its
+ * own. *out is it, ready to be used. *done false: `pace` ended it and what was read is given back. */
+status checkpoint_load_expert(checkpoint *file, int layer, int expert, checkpoint_pace pace, void *arg, bool *done,
+                              mlp_weights *out);
+/* Gives back the memory of an expert that nobody uses any more, bound at the start or loaded later. */
+void checkpoint_drop_expert(checkpoint *file, const mlp_weights *weights);
+size_t checkpoint_expert_bytes(const checkpoint *file, int layer);
+/* The main thread, between steps: the model uses `weights` as this expert (NULL: it has none of it any more). Returns what it had
+ * before. */
+mlp_weights checkpoint_place_expert(checkpoint *file, int layer, int expert, const mlp_weights *weights);
+
 /* Bytes of weights in this process's memory right now: touched pages of the mapping, or the copies. */
 size_t checkpoint_resident_bytes(const checkpoint *file);
 

@@ -19,12 +19,9 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#define MAX_AREAS  8192 /* a process may have 65,530 memory areas in all */
-#define COPY_ALIGN 64
+#define MAX_AREAS  CHECKPOINT_MAX_AREAS
+#define COPY_ALIGN CHECKPOINT_COPY_ALIGN
 #define WARM_BYTES ((size_t)16 << 20)
-#ifndef MADV_POPULATE_READ
-#define MADV_POPULATE_READ 22
-#endif
 
 void checkpoint_advise(const void *from, size_t n, int advice)
 {
@@ -214,14 +211,19 @@ static void add_stretch(char *begin, char *end, bool ours, void *context)
         ((warming *)context)->total += (size_t)(end - begin);
 }
 
+void checkpoint_populate(char *from, size_t n)
+{
+    if (madvise(from, n, MADV_POPULATE_READ) != 0) /* a kernel before 5.14 */
+        for (size_t i = 0; i < n; i += 4096)
+            (void)*(volatile char *)(from + i);
+}
+
 static void read_stretch(char *begin, char *end, bool ours, void *context)
 {
     warming *w = context;
     for (char *at = begin; ours && at < end && !(w->stop && w->stop()); at += WARM_BYTES) {
         size_t n = (size_t)(end - at) < WARM_BYTES ? (size_t)(end - at) : WARM_BYTES;
-        if (madvise(at, n, MADV_POPULATE_READ) != 0) /* a kernel before 5.14 */
-            for (size_t i = 0; i < n; i += 4096)
-                (void)*(volatile char *)(at + i);
+        checkpoint_populate(at, n);
         w->done += n;
         tell(w->ck, w->done, w->total);
     }
@@ -257,7 +259,7 @@ size_t checkpoint_resident_bytes(const checkpoint *ck)
 {
     FILE *from = fopen("/proc/self/smaps", "r");
     char line[512];
-    unsigned long long begin, end, kib, total = ck->copy_used; /* copies are touched whole */
+    unsigned long long begin, end, kib, total = ck->copy_used + ck->come_and_gone; /* copies are touched whole */
     bool ours = false;
     while (from && fgets(line, sizeof line, from)) {
         if (sscanf(line, "%llx-%llx ", &begin, &end) == 2)

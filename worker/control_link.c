@@ -497,12 +497,16 @@ Convoke__Control__ToLeader *control_link_next(control_link *l)
     return m;
 }
 
-void control_link_wait(control_link *l)
+void control_link_wait(control_link *l, double seconds)
 {
+    double until = clock_seconds() + seconds;
     /* The thread wakes this within half a second of a SIGTERM that reached another thread. */
     while (!l->more_in_inbox && !l->lost && !group_told_to_stop()) {
         struct pollfd p = {.fd = l->loop_wakes, .events = POLLIN};
-        if (poll(&p, 1, -1) > 0)
+        double left = until - clock_seconds();
+        if (seconds >= 0 && left <= 0)
+            return;
+        if (poll(&p, 1, seconds < 0 ? -1 : (int)(left * 1e3) + 1) > 0)
             settle(l->loop_wakes);
     }
 }

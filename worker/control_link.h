@@ -14,8 +14,8 @@
 
 typedef struct control_link control_link;
 
-/* Connects to "HOST:PORT", says Hello and waits for Setup; tries again for `seconds` while nobody is there, or the coordinator says
- * "later" (it still has other workers). A refusal is STATUS_BAD_INPUT with the coordinator's reason. */
+/* Connects to "HOST:PORT", says Hello and waits for Setup; tries again for `seconds` while nobody is there, or the coordinator
+ * says "later" (it still has other workers). A refusal is STATUS_BAD_INPUT with the coordinator's reason. */
 status control_link_open(const char *address, double seconds, const Convoke__Control__Hello *hello, control_link **out);
 /* Says nothing more; what is still unsent gets a second to leave. NULL is fine. */
 void control_link_close(control_link *l);
@@ -28,8 +28,9 @@ void control_link_ready(control_link *l);
 
 /* The next message in order, NULL when there is none; freed by the caller (convoke__control__to_leader__free_unpacked). */
 Convoke__Control__ToLeader *control_link_next(control_link *l);
-/* Sleeps until there is a message, SIGTERM came or the connection is lost. */
-void control_link_wait(control_link *l);
+/* Sleeps until there is a message, SIGTERM came or the connection is lost, or so many seconds have passed (negative: however
+ * long). */
+void control_link_wait(control_link *l, double seconds);
 /* STATUS_PEER_LOST with the sentence when the connection is lost. */
 status control_link_check(const control_link *l);
 

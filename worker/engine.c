@@ -7,25 +7,13 @@
 
 #include <stdlib.h>
 
-static status create_routing(engine *e)
-{
-    const model_config *c = e->parts.config;
-    routing_shape shape = {.model = c->name,
-                           .n_experts = c->n_experts,
-                           .top_k = c->top_k,
-                           .n_layers = c->n_moe_layers,
-                           .layer_numbers = e->parts.plan->layer_numbers,
-                           .n_domains = e->limits.n_domains,
-                           .domains = e->limits.domains};
-    return routing_stats_create(&shape, e->limits.count_pairs, &e->routing);
-}
-
 static status create_local(engine *e)
 {
     const model_config *c = e->parts.config;
     TRY(kv_cache_create(c->n_layers, c->n_kv_heads, c->head_dim, e->limits.kv_bytes, &e->kv));
     TRY(rank_create(e));
-    return create_routing(e);
+    TRY(plan_create(e));
+    return counts_create(e);
 }
 
 status engine_create(const model_parts *parts, const engine_limits *limits, engine_listener listener, void *arg, engine **out)
@@ -61,10 +49,11 @@ void engine_destroy(engine *e)
     if (!e)
         return;
     lead_destroy(e);
+    counts_destroy(e);
+    plan_destroy(e);
     model_destroy(e->model);
     rank_destroy(e);
     kv_cache_destroy(e->kv);
-    routing_stats_destroy(e->routing);
     free(e);
 }
 

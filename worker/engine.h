@@ -118,6 +118,31 @@ typedef struct {
     unsigned long long prefill_rows, decode_rows, mixed_decode_rows, steps; /* mixed: decode rows in prefill steps */
 } engine_times;                                                             /* leader's clock, all ranks' rows */
 
+/* A plan that was asked for while serving. */
+typedef enum {
+    ENGINE_REPLAN_NONE,
+    ENGINE_REPLAN_LOADING,
+    ENGINE_REPLAN_READY, /* the next step uses it */
+    ENGINE_REPLAN_LIVE,
+    ENGINE_REPLAN_FAILED, /* `reason` says why; the plan before goes on */
+} engine_replan_stage;
+typedef struct {
+    uint64_t epoch;
+    engine_replan_stage stage;
+    uint64_t loaded_bytes, total_bytes; /* of all ranks */
+    unsigned copies;                    /* (expert, rank) that are new in it */
+    double seconds;                     /* since it was asked for; LIVE: until it was */
+    const char *reason;                 /* valid like the counters */
+} engine_replan_state;
+
+/* All ranks' routing statistics since they were last asked for, as routing_stats_add_packed() takes them. */
+typedef struct {
+    const void *bytes; /* [size], the engine's, until they are asked for again */
+    size_t size;
+    uint64_t tokens;
+    const char *failed; /* NULL, or why there are none this time */
+} engine_counts;
+
 /* What a monitor wants to see. Arrays belong to the engine and change with the next step; counts are of the engine's whole life
  * unless said otherwise. */
 typedef struct {
@@ -129,6 +154,9 @@ typedef struct {
     int last_prefill_rows, last_decode_rows;        /* of the last step, all ranks */
     double last_seconds;
     const unsigned long long *rows_of_rank; /* [n_ranks] (token, expert) rows computed */
+    const double *compute_of_rank;          /* [n_ranks] seconds in attention, experts and head */
+    uint64_t plan_epoch;                    /* of the plan the last step ran under */
+    engine_replan_state replan;             /* the last one asked for */
     const double *lateness_of_rank;         /* [n_ranks] seconds: in each step the rank that waited least in the exchange is taken
                                                for the one the others waited for, by as much as they waited longer on average */
     unsigned long long link_bytes[3];       /* rows and results: same rank, same node, cross node, all ranks */
@@ -151,8 +179,19 @@ status engine_cancel(engine *e, uint64_t id);
 status engine_hold(engine *e, uint64_t id, bool hold);
 /* Rank 0. Forgets all prefixes; running sequences go on. */
 status engine_clear_prefix_cache(engine *e);
-/* Whether a step would do anything; false when all that is left is held. */
+/* Rank 0. From now on `p` (copied) is loaded beside the steps, on every rank at most so many bytes a second (0: 256 MB), and used
+ * from the first step on when all ranks have their copies; then the old ones go. Tokens do not change by it. One that is not
+ * live yet gives way to a newer one. Refuses a plan of another shape, or an epoch not above all before. */
+status engine_replan(engine *e, const plan *p, uint64_t epoch, uint64_t bytes_per_second);
+/* Rank 0. Asks for all ranks' statistics; refused while they are under way. engine_take_counts() is true once when they are
+ * there.
+ */
+status engine_ask_counts(engine *e);
+bool engine_take_counts(engine *e, engine_counts *out);
+/* Rank 0. Whether a step would do anything for sequences; false when all that is left is held. */
 bool engine_busy(const engine *e);
+/* Rank 0. Whether something else (a plan, statistics) goes on that wants a step now and then: fifty a second will do. */
+bool engine_pending(const engine *e);
 /* [all] One step. */
 status engine_step(engine *e);
 /* Rank 0: lets engine_follow() return on the others. */
@@ -161,6 +200,9 @@ status engine_stop(engine *e);
 status engine_follow(engine *e);
 
 model *engine_model(engine *e);
+const plan *engine_plan(const engine *e); /* the live one */
+uint64_t engine_plan_epoch(const engine *e);
+bool engine_is_settled(engine *e); /* this rank neither loads experts nor gives any back */
 const engine_times *engine_get_times(const engine *e);
 void engine_get_counters(engine *e, engine_counters *out); /* rank 0 */
 const routing_stats *engine_routing(const engine *e);      /* this rank's rows, each position of a request once */

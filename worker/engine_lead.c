@@ -39,14 +39,15 @@ static status create_arrays(engine *e)
     e->sizes_in = calloc(ranks, sizeof *e->sizes_in);
     e->kv_blocks_of_rank = calloc(ranks, sizeof *e->kv_blocks_of_rank);
     e->rows_of_rank = calloc(ranks, sizeof *e->rows_of_rank);
+    e->compute_of_rank = calloc(ranks, sizeof *e->compute_of_rank);
     e->waited_of_rank = calloc(ranks, sizeof *e->waited_of_rank);
     e->waited_now = calloc(ranks, sizeof *e->waited_now);
     e->lateness_of_rank = calloc(ranks, sizeof *e->lateness_of_rank);
     e->layer_rows = calloc(ranks * layers + 1, sizeof *e->layer_rows);
     e->layer_recent = calloc(ranks * layers + 1, sizeof *e->layer_recent);
     e->load_max_over_mean = calloc(layers + 1, sizeof *e->load_max_over_mean);
-    if (!e->parts_in || !e->sizes_in || !e->kv_blocks_of_rank || !e->rows_of_rank || !e->waited_of_rank || !e->waited_now ||
-        !e->lateness_of_rank || !e->layer_rows || !e->layer_recent || !e->load_max_over_mean)
+    if (!e->parts_in || !e->sizes_in || !e->kv_blocks_of_rank || !e->rows_of_rank || !e->compute_of_rank || !e->waited_of_rank ||
+        !e->waited_now || !e->lateness_of_rank || !e->layer_rows || !e->layer_recent || !e->load_max_over_mean)
         return status_fail(STATUS_NO_MEMORY, "no memory for the leader's tables of %d ranks", e->n_ranks);
     return STATUS_OK;
 }
@@ -67,8 +68,9 @@ void lead_destroy(engine *e)
     scheduler_destroy(e->scheduler, forget_request);
     bytes_clear(&e->message);
     bytes_clear(&e->root);
-    void *all[] = {e->parts_in,   e->sizes_in,         e->kv_blocks_of_rank, e->rows_of_rank, e->waited_of_rank,    e->waited_now,
-                   e->layer_rows, e->lateness_of_rank, e->layer_recent,      e->cancels,      e->load_max_over_mean};
+    void *all[] = {e->parts_in,       e->sizes_in,   e->kv_blocks_of_rank,  e->rows_of_rank,
+                   e->waited_of_rank, e->waited_now, e->layer_rows,         e->lateness_of_rank,
+                   e->layer_recent,   e->cancels,    e->load_max_over_mean, e->compute_of_rank};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         free(all[i]);
 }
@@ -260,6 +262,11 @@ static void put_join(engine *e, const scheduler_join *join)
     wire_put_join(&e->message, &w);
 }
 
+bool engine_pending(const engine *e)
+{
+    return plan_pending(e) || counts_pending(e);
+}
+
 status lead_write_message(engine *e, bool stop)
 {
     for (int i = 0; i < e->n_cancels; i++) /* the listener may add to them */
@@ -271,14 +278,16 @@ status lead_write_message(engine *e, bool stop)
         return e->message.failed ? status_fail(STATUS_NO_MEMORY, "no memory for the step message") : STATUS_OK;
     }
     const scheduler_step *step = scheduler_plan(e->scheduler);
-    wire_put_step(&e->message,
-                  &(wire_step){.n_leaves = (uint32_t)step->n_leaves,
-                               .n_joins = (uint32_t)step->n_joins,
-                               .n_growths = (uint32_t)step->n_growths,
-                               .n_rows = (uint32_t)step->n_rows},
-                  step);
+    wire_step head = {.n_leaves = (uint32_t)step->n_leaves,
+                      .n_joins = (uint32_t)step->n_joins,
+                      .n_growths = (uint32_t)step->n_growths,
+                      .n_rows = (uint32_t)step->n_rows};
+    plan_decide(e, &head);
+    counts_decide(e, &head);
+    wire_put_step(&e->message, &head, step);
     for (int i = 0; i < step->n_joins; i++)
         put_join(e, &step->joins[i]);
+    plan_put(e, &head);
     e->last_prefill_rows = step->prefill_rows;
     e->last_decode_rows = step->decode_rows;
     for (int i = 0; i < step->n_joins; i++)
@@ -319,7 +328,12 @@ static status read_report(engine *e, int rank)
     const unsigned long long *rows = bytes_take(&r, layers * sizeof *rows);
     if (rows)
         count_layers(e, rank, rows);
+    const void *piece = wire_take_padded(&r, head.counts_bytes);
+    const char *sentence = wire_take_padded(&r, head.sentence_bytes);
+    plan_hear(e, rank, &head, sentence);
+    counts_hear(e, rank, &head, piece, sentence);
     e->rows_of_rank[rank] = head.expert_rows;
+    e->compute_of_rank[rank] = head.compute_seconds;
     e->waited_now[rank] = head.wait_seconds - e->waited_of_rank[rank];
     e->waited_of_rank[rank] = head.wait_seconds;
     for (int i = 0; i < 3; i++)
@@ -369,6 +383,8 @@ status lead_read_reports(engine *e, double seconds)
     for (int r = 0; r < e->n_ranks; r++)
         TRY(read_report(e, r));
     count_lateness(e);
+    plan_conclude(e);
+    counts_conclude(e);
     return STATUS_OK;
 }
 
@@ -406,6 +422,9 @@ void engine_get_counters(engine *e, engine_counters *out)
                              .last_decode_rows = e->last_decode_rows,
                              .last_seconds = e->last_seconds,
                              .rows_of_rank = e->rows_of_rank,
+                             .compute_of_rank = e->compute_of_rank,
+                             .plan_epoch = e->plan_epoch,
+                             .replan = e->replan,
                              .lateness_of_rank = e->lateness_of_rank,
                              .link_bytes = {e->link_bytes[0], e->link_bytes[1], e->link_bytes[2]},
                              .load_max_over_mean = e->load_max_over_mean};

@@ -1,10 +1,15 @@
 /* engine_parts.h - the inside of the step loop, shared by engine.c (life and the step), engine_lead.c (what only the leader does:
- * requests, decisions, events) and engine_rank.c (what every rank does: its sequences, its rows, its report). Rank 0 does both.
- */
+ * requests, decisions, events), engine_rank.c (what every rank does: its sequences, its rows, its report), engine_plan.c (another
+ * plan while serving) and engine_counts.c (the statistics of all ranks). Rank 0 does both parts of all of them. */
 #ifndef CONVOKE_WORKER_ENGINE_PARTS_H
 #define CONVOKE_WORKER_ENGINE_PARTS_H
 
 #include "worker/engine_wire.h"
+#include "worker/errand.h"
+#include "worker/expert_copies.h"
+
+enum { COUNT_SENDERS = 4 }; /* ranks that send their counts at a time */
+typedef enum { COUNTS_AT_REST, COUNTS_ASKED, COUNTS_COMING, COUNTS_ADDING, COUNTS_ANSWERED } counts_stage;
 
 /* A sequence this rank owns. Arrays are sized for the longest sequence at creation; those of a request's lists grow once. */
 typedef struct {
@@ -79,6 +84,43 @@ struct engine {
     uint16_t *row_choices; /* [moe layers][top_k] */
     bytes_writer report;
 
+    /* every rank: plans */
+    expert_copies *copies;           /* NULL: experts stay as they are */
+    plan own_plan, next_plan;        /* the live one (zeroed: parts.plan is the first, borrowed), the one wished for */
+    uint64_t plan_epoch, next_epoch; /* next_epoch 0: nothing is wished for */
+    unsigned char *wanted;           /* [moe layers][experts] scratch */
+    char wish_failed[200];
+
+    /* every rank: counts */
+    routing_stats *set_aside; /* while it is packed */
+    errand packing;
+    bytes_writer packed;
+    size_t n_sent;
+    bool sends_counts;
+    status counting; /* how setting aside or packing went */
+
+    /* the leader: plans */
+    plan asked_plan;
+    uint64_t plan_rate;
+    wire_plan_verb plan_verb, sent_verb; /* of the next step message, of the last one */
+    uint64_t sent_epoch;
+    engine_replan_state replan;
+    double replan_started;
+    uint64_t replan_loaded, replan_total;
+    int n_plan_ready;
+    char replan_why[256];
+
+    /* the leader: counts */
+    counts_stage counts_stage;
+    int first_sender, n_complete;
+    bytes_writer received[COUNT_SENDERS], answer;
+    bool is_complete[COUNT_SENDERS];
+    routing_stats *sum; /* the errand's, while it runs */
+    errand adding;
+    uint64_t counted_tokens;
+    status counts_failed;
+    char counts_why[256];
+
     /* the leader */
     scheduler *scheduler;
     uint64_t *cancels; /* of running sequences, for the next step */
@@ -90,6 +132,7 @@ struct engine {
     int last_prefill_rows, last_decode_rows;
     double last_seconds;
     unsigned long long *rows_of_rank, link_bytes[3];
+    double *compute_of_rank;                                /* [n_ranks] */
     double *waited_of_rank, *waited_now, *lateness_of_rank; /* [n_ranks] */
     unsigned long long *layer_rows;                         /* [n_ranks][moe layers] ever */
     double *layer_recent;                                   /* [n_ranks][moe layers] */
@@ -106,5 +149,26 @@ status lead_read_reports(engine *e, double seconds);
 status rank_create(engine *e);
 void rank_destroy(engine *e);
 status rank_step(engine *e, const void *message, size_t size); /* obeys; fills the report */
+
+/* engine_plan.c; leader: decide, put, hear, conclude; every rank: obey, report */
+status plan_create(engine *e);
+void plan_destroy(engine *e);
+bool plan_pending(const engine *e);
+void plan_decide(engine *e, wire_step *head);
+void plan_put(engine *e, const wire_step *head);
+void plan_hear(engine *e, int rank, const wire_report *report, const char *sentence);
+void plan_conclude(engine *e);
+void plan_obey(engine *e, const wire_step *head, bytes_reader *r);
+const char *plan_report(engine *e, wire_report *report);
+
+/* engine_counts.c; likewise */
+status counts_create(engine *e);
+void counts_destroy(engine *e);
+bool counts_pending(const engine *e);
+void counts_decide(engine *e, wire_step *head);
+void counts_hear(engine *e, int rank, const wire_report *report, const void *piece, const char *sentence);
+void counts_conclude(engine *e);
+void counts_obey(engine *e, const wire_step *head);
+status counts_report(engine *e, wire_report *report, const void **piece);
 
 #endif

@@ -172,6 +172,8 @@ static status read_message(engine *e, const void *bytes, size_t size, wire_step_
             sequence *s = &e->places[step->growths[i].place];
             s->blocks[s->n_blocks++] = step->growths[i].block;
         }
+    plan_obey(e, &step->head, &r);
+    counts_obey(e, &step->head);
     e->n_rows = e->n_spans = 0;
     for (uint32_t i = 0; i < step->head.n_rows; i++)
         if (step->rows[i].rank == e->rank)
@@ -538,13 +540,35 @@ static status run_batch(engine *e)
     return e->report.failed ? status_fail(STATUS_NO_MEMORY, "no memory for a step's report") : STATUS_OK;
 }
 
+/* Room for what a report begins with; what is told of plans and counts is known before the rows run. */
+static status open_report(engine *e)
+{
+    wire_report head = {.counts_state = COUNTS_NONE};
+    const void *piece = NULL;
+    const char *sentence = plan_report(e, &head);
+    if (counts_report(e, &head, &piece) != STATUS_OK && !*sentence)
+        sentence = status_message();
+    head.sentence_bytes = *sentence ? (uint32_t)strlen(sentence) + 1 : 0;
+    bytes_reset(&e->report);
+    bytes_put(&e->report, &head, sizeof head);
+    bytes_extend(&e->report, (size_t)e->parts.config->n_moe_layers * sizeof(unsigned long long));
+    wire_put_padded(&e->report, piece, head.counts_bytes);
+    wire_put_padded(&e->report, sentence, head.sentence_bytes);
+    return e->report.failed ? status_fail(STATUS_NO_MEMORY, "no memory for a step's report") : STATUS_OK;
+}
+
 static void fill_head(engine *e)
 {
     const exchange_stats *x = exchange_get_stats(model_exchange(e->model));
-    wire_report head = {.expert_rows = model_get_times(e->model)->expert_rows,
-                        .link_bytes = {x->bytes_same_rank, x->bytes_same_node + x->return_bytes_same_node,
-                                       x->bytes_cross_node + x->return_bytes_cross_node},
-                        .wait_seconds = x->wait_seconds};
+    const model_times *t = model_get_times(e->model);
+    wire_report head;
+    memcpy(&head, e->report.data, sizeof head);
+    head.expert_rows = t->expert_rows;
+    head.link_bytes[0] = x->bytes_same_rank;
+    head.link_bytes[1] = x->bytes_same_node + x->return_bytes_same_node;
+    head.link_bytes[2] = x->bytes_cross_node + x->return_bytes_cross_node;
+    head.wait_seconds = x->wait_seconds;
+    head.compute_seconds = t->attention_seconds + t->expert_seconds + t->head_seconds;
     memcpy(e->report.data, &head, sizeof head);
     memcpy(e->report.data + sizeof head, model_layer_load(e->model),
            (size_t)e->parts.config->n_moe_layers * sizeof(unsigned long long));
@@ -553,13 +577,10 @@ static void fill_head(engine *e)
 status rank_step(engine *e, const void *message, size_t size)
 {
     wire_step_view step;
-    bytes_reset(&e->report);
-    bytes_extend(&e->report, sizeof(wire_report) + (size_t)e->parts.config->n_moe_layers * sizeof(unsigned long long));
-    if (e->report.failed)
-        return status_fail(STATUS_NO_MEMORY, "no memory for a step's report");
     TRY(read_message(e, message, size, &step));
     if (e->stopping)
         return STATUS_OK;
+    TRY(open_report(e));
     if (step.head.n_rows > 0) /* on any rank: all take part, or none */
         TRY(run_batch(e));
     fill_head(e);

@@ -1,5 +1,8 @@
 #include "worker/engine_wire.h"
 
+#include <stdlib.h>
+#include <string.h>
+
 static size_t padded(size_t n)
 {
     return (n + 7) & ~(size_t)7;
@@ -87,6 +90,52 @@ status wire_get_join(bytes_reader *r, wire_join *out)
     if (!any)
         s->allowed = NULL;
     return check_read(r);
+}
+
+/* Only copies travel: what else a plan holds is the same on all ranks. */
+void wire_put_plan(bytes_writer *w, const plan *p)
+{
+    int n_lists = p->n_layers * p->n_experts;
+    put_array(w, p->first_copy, n_lists + 1, sizeof *p->first_copy);
+    put_array(w, p->copy_ranks, p->first_copy[n_lists], sizeof *p->copy_ranks);
+    put_padded(w, p->name, sizeof p->name);
+}
+
+static void *copy_of(const void *from, size_t n)
+{
+    void *to = malloc(n + 1);
+    return to ? memcpy(to, from, n) : NULL;
+}
+
+status wire_get_plan(bytes_reader *r, const plan *like, plan *out)
+{
+    size_t n_lists = (size_t)like->n_layers * (size_t)like->n_experts;
+    const int *first = take_array(r, (int64_t)n_lists + 1, sizeof *first);
+    const int *ranks = first ? take_array(r, first[n_lists], sizeof *ranks) : NULL;
+    plan p = {.n_ranks = like->n_ranks, .n_experts = like->n_experts, .n_layers = like->n_layers};
+    get_padded(r, p.name, sizeof p.name);
+    TRY(check_read(r));
+    p.layer_numbers = copy_of(like->layer_numbers, (size_t)like->n_layers * sizeof *like->layer_numbers);
+    p.node_of_rank = copy_of(like->node_of_rank, (size_t)like->n_ranks * sizeof *like->node_of_rank);
+    p.first_copy = copy_of(first, (n_lists + 1) * sizeof *first);
+    p.copy_ranks = copy_of(ranks, (size_t)first[n_lists] * sizeof *ranks);
+    if (!p.layer_numbers || !p.node_of_rank || !p.first_copy || !p.copy_ranks) {
+        plan_clear(&p);
+        return status_fail(STATUS_NO_MEMORY, "no memory for a plan of %d copies", first[n_lists]);
+    }
+    *out = p;
+    return STATUS_OK;
+}
+
+void wire_put_padded(bytes_writer *w, const void *from, size_t n)
+{
+    if (n > 0)
+        put_padded(w, from, n);
+}
+
+const void *wire_take_padded(bytes_reader *r, size_t n)
+{
+    return n > 0 ? bytes_take(r, padded(n)) : NULL;
 }
 
 /* ---- events ---------------------------------------------------------------------------------------------------------------- */

@@ -10,9 +10,15 @@
 #include "worker/scheduler.h"
 
 /* step message: wire_step, leaves, growths, rows (scheduler.h), then joins: { wire_join, prompt, stop ids, biases, allowed ids,
- * candidates' ids, blocks }. Only what changed, and the rows. */
+ * candidates' ids, blocks }, then a plan (PLAN_NEW). Only what changed, and the rows. */
+typedef enum { PLAN_STAYS, PLAN_NEW, PLAN_FORGET, PLAN_FLIP } wire_plan_verb;
 typedef struct {
-    uint32_t n_leaves, n_joins, n_growths, n_rows, stop, unused;
+    uint32_t n_leaves, n_joins, n_growths, n_rows, stop;
+    uint32_t plan_verb;                /* what becomes of plans, before the rows run */
+    uint64_t plan_epoch, plan_rate;    /* PLAN_NEW: its epoch, bytes per second */
+    uint32_t count;                    /* the routing statistics so far are set aside, to be sent */
+    uint32_t first_sender, end_sender; /* these ranks send what they have set aside, a piece with each report */
+    uint32_t unused;
 } wire_step;
 
 typedef struct {
@@ -27,6 +33,7 @@ typedef struct {
 
 void wire_put_step(bytes_writer *w, const wire_step *head, const scheduler_step *step);
 void wire_put_join(bytes_writer *w, const wire_join *join);
+void wire_put_plan(bytes_writer *w, const plan *p);
 
 /* A step message in place. */
 typedef struct {
@@ -38,13 +45,21 @@ typedef struct {
 /* Both fail on a message that ends too soon; arrays point into it. */
 status wire_get_step(bytes_reader *r, wire_step_view *out);
 status wire_get_join(bytes_reader *r, wire_join *out);
+/* A plan of the same ranks, layers and experts as `like`. */
+status wire_get_plan(bytes_reader *r, const plan *like, plan *out);
 
-/* report: wire_report, rows of each MoE layer (u64), then events until the end: { wire_event, experts, weights, logits,
- * log-probabilities, candidates of row, candidates, reason }. Counts are since the start. */
+/* report: wire_report, rows of each MoE layer (u64), a piece of packed statistics, a sentence, then events until the end: {
+ * wire_event, experts, weights, logits, log-probabilities, candidates of row, candidates, reason }. Counts are since the start.
+ */
 typedef struct {
     unsigned long long expert_rows, link_bytes[3];
-    double wait_seconds; /* in the exchange */
+    double wait_seconds, compute_seconds; /* in the exchange; attention, experts and head */
+    uint64_t plan_epoch, loaded, total;   /* of the plan wished for; 0: none */
+    uint32_t plan_ready, plan_failed;
+    uint32_t counts_bytes, counts_state; /* a piece of what was set aside; wire_counts_state */
+    uint32_t sentence_bytes, unused;     /* why the plan or the counting failed */
 } wire_report;
+typedef enum { COUNTS_NONE, COUNTS_MORE, COUNTS_LAST, COUNTS_FAILED } wire_counts_state;
 
 typedef struct {
     engine_event event; /* pointers mean nothing on the wire */
@@ -56,6 +71,9 @@ typedef struct {
 typedef struct {
     size_t event, experts, weights, logits, logprobs, counts, candidates, reason;
 } wire_event_place;
+/* Bytes and a sentence, each padded. */
+void wire_put_padded(bytes_writer *w, const void *from, size_t n);
+const void *wire_take_padded(bytes_reader *r, size_t n); /* NULL for none */
 wire_event_place wire_put_event(bytes_writer *w, const wire_event *event, size_t choices_per_row, size_t vocab);
 status wire_get_event(bytes_reader *r, size_t choices_per_row, size_t vocab, engine_event *out, bool *is_void);
 

@@ -177,6 +177,11 @@ void model_destroy(model *m)
     free(m);
 }
 
+void model_set_plan(model *m, const plan *p)
+{
+    m->parts.plan = p;
+}
+
 size_t model_buffer_bytes(const model *m)
 {
     return m->buffer_bytes;

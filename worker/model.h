@@ -28,6 +28,7 @@ typedef struct {
     const model_config *config; /* all borrowed; outlive the model */
     const model_weights *weights;
     const plan *plan;
+    checkpoint *file; /* the weights' own, for experts that come and go; NULL: they stay as they are */
     group *group;
     thread_pool *pool;
     const kernel_table *kernels;
@@ -52,6 +53,8 @@ status model_create(const model_parts *parts, model **out);
 void model_destroy(model *m);              /* NULL is fine */
 size_t model_buffer_bytes(const model *m); /* activations and exchange windows */
 
+/* Between batches, on all ranks alike: from now on rows go where `p` (borrowed) says. */
+void model_set_plan(model *m, const plan *p);
 /* [all] Runs the batch (may have no rows) up to the final norm, filling the KV cache at the rows' positions. */
 status model_forward(model *m, const batch *b);
 /* Logits of some rows of the batch just run: out [n][vocab], inside the model until the next call. n <= model_head_rows(). Not

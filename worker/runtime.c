@@ -53,7 +53,27 @@ static int default_threads(const group *g)
     return cores > ranks_here ? (int)(cores / ranks_here) : 1;
 }
 
-static status make_plan(runtime *r, const char *path, const char *text)
+plan_shape runtime_plan_shape(const runtime *r)
+{
+    return (plan_shape){.n_ranks = group_size(r->group),
+                        .n_experts = r->config.n_experts,
+                        .n_layers = r->config.n_moe_layers,
+                        .layer_numbers = r->layer_numbers,
+                        .model_name = r->config.name};
+}
+
+static status read_plan(runtime *r, const char *path, const char *text)
+{
+    plan_shape shape = runtime_plan_shape(r);
+    if (!path && !text)
+        return plan_contiguous(&shape, group_node_of_rank(r->group), &r->plan);
+    TRY(path ? plan_read(path, &shape, &r->plan) : plan_parse("the plan", text, strlen(text), &shape, &r->plan));
+    /* Where ranks really are beats what the plan was made for: "nearest replica" must mean near. */
+    memcpy(r->plan.node_of_rank, group_node_of_rank(r->group), (size_t)shape.n_ranks * sizeof *r->plan.node_of_rank);
+    return STATUS_OK;
+}
+
+static status make_plan(runtime *r, const runtime_options *o)
 {
     const model_config *c = &r->config;
     r->layer_numbers = calloc((size_t)c->n_moe_layers + 1, sizeof *r->layer_numbers);
@@ -62,16 +82,9 @@ static status make_plan(runtime *r, const char *path, const char *text)
     for (int l = 0, n = 0; l < c->n_layers; l++)
         if (c->moe_layer[l])
             r->layer_numbers[n++] = l;
-    plan_shape shape = {.n_ranks = group_size(r->group),
-                        .n_experts = c->n_experts,
-                        .n_layers = c->n_moe_layers,
-                        .layer_numbers = r->layer_numbers,
-                        .model_name = c->name};
-    if (!path && !text)
-        return plan_contiguous(&shape, group_node_of_rank(r->group), &r->plan);
-    TRY(path ? plan_read(path, &shape, &r->plan) : plan_parse("the plan", text, strlen(text), &shape, &r->plan));
-    /* Where ranks really are beats what the plan was made for: "nearest replica" must mean near. */
-    memcpy(r->plan.node_of_rank, group_node_of_rank(r->group), (size_t)shape.n_ranks * sizeof *r->plan.node_of_rank);
+    TRY(read_plan(r, o->plan_path, o->plan_text));
+    if (o->plan_epoch)
+        r->plan.epoch = (long long)o->plan_epoch;
     return STATUS_OK;
 }
 
@@ -104,7 +117,7 @@ static status bind_weights(runtime *r, const runtime_options *o)
 static status load(runtime *r, const runtime_options *o)
 {
     TRY(model_config_read(o->model_dir, &r->config));
-    TRY(make_plan(r, o->plan_path, o->plan_text));
+    TRY(make_plan(r, o));
     TRY(bind_weights(r, o));
     r->threads = o->threads > 0 ? o->threads : default_threads(r->group);
     return thread_pool_create(r->threads, !group_shares_cores(r->group, r->threads), &r->pool);
@@ -135,6 +148,7 @@ static status create_engine(runtime *r, const runtime_options *o, engine_listene
     model_parts parts = {.config = &r->config,
                          .weights = r->weights,
                          .plan = &r->plan,
+                         .file = r->checkpoint,
                          .group = r->group,
                          .pool = r->pool,
                          .kernels = kernels_of(r->isa),

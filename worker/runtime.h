@@ -12,6 +12,7 @@ typedef struct {
     const char *model_dir;
     const char *plan_path; /* NULL: plan_text, or the contiguous plan */
     const char *plan_text; /* NULL, or a plan as JSON */
+    uint64_t plan_epoch;   /* of that plan; 0: its own */
     const char *isa;       /* NULL: the best that all ranks have; else all of them must have this one */
     int threads;           /* per rank; 0: the node's cores over its ranks */
     weights_mode weights;
@@ -40,7 +41,8 @@ void runtime_destroy(runtime *r); /* NULL is fine */
 
 engine *runtime_engine(runtime *r);
 const model_config *runtime_config(const runtime *r);
-const plan *runtime_plan(const runtime *r);
+const plan *runtime_plan(const runtime *r);      /* of the start; engine_plan() is the live one */
+plan_shape runtime_plan_shape(const runtime *r); /* what a plan for this job must fit */
 kernel_isa runtime_isa(const runtime *r);
 int runtime_threads(const runtime *r);
 const engine_limits *runtime_limits(const runtime *r); /* with what was left open filled in */

@@ -16,8 +16,19 @@
 #define PARTIAL_BYTES      ((size_t)4 << 20) /* events of one step beyond this leave in a Report of their own */
 #define CANDIDATES_AT_ONCE 65536             /* in one PROMPT event; longer ones are cut by rows */
 #define SHARE_SECONDS      5.0
+#define ERRAND_SECONDS     0.02 /* between steps that nobody but a plan or statistics under way asks for */
+#define NEWS_SECONDS       0.25 /* between Reports of such steps where nothing but a number has changed */
+#define COUNTS_PART_BYTES  ((size_t)4 << 20)
+enum { MOST_ENDED = 16, MOST_ASKED = 16 };
 
 typedef Convoke__Control__TokenLogprob wire_logprob;
+
+/* A plan that will not be live any more; told once. */
+typedef struct {
+    uint64_t epoch;
+    Convoke__Control__ReplanStage stage;
+    char reason[512];
+} ended_plan;
 
 typedef struct {
     group *group;
@@ -40,7 +51,15 @@ typedef struct {
     size_t room_biases;
     uint32_t *kv_free;      /* [n_ranks] */
     uint64_t *rows_of_rank; /* [n_ranks] */
+    double *compute;        /* [n_ranks] */
     double load_started;
+
+    ended_plan ended[MOST_ENDED];
+    int n_ended;
+    engine_replan_stage told_stage; /* of the last one asked for */
+    double told_at;
+    uint64_t asked[MOST_ASKED]; /* requests for statistics, oldest first; the first is under way */
+    int n_asked;
 } server;
 
 /* ---- setup ---- */
@@ -82,6 +101,7 @@ static status read_setup(const server *s, runtime_options *o)
                            from->max_sequences, from->max_length, from->threads);
     *o = (runtime_options){.model_dir = from->model_dir,
                            .plan_text = *from->plan_json ? from->plan_json : NULL,
+                           .plan_epoch = from->plan_epoch,
                            .isa = *from->isa ? from->isa : NULL,
                            .threads = (int)from->threads,
                            .weights = weight == 0 ? WEIGHTS_MAP : WEIGHTS_COPY,
@@ -96,6 +116,7 @@ static status read_setup(const server *s, runtime_options *o)
                                       .kv_bytes = from->kv_bytes,
                                       .step_seconds = from->step_budget_us * 1e-6,
                                       .prefix_cache = from->prefix_cache,
+                                      .count_pairs = from->count_pairs,
                                       .n_domains = 1,
                                       .domains = &domain}};
     return STATUS_OK;
@@ -281,15 +302,71 @@ static status flush_partial(server *s)
     return send_events(s, &head);
 }
 
+static Convoke__Control__ReplanStage stage_of(engine_replan_stage stage)
+{
+    switch (stage) {
+    case ENGINE_REPLAN_READY:
+        return CONVOKE__CONTROL__REPLAN_STAGE__REPLAN_READY;
+    case ENGINE_REPLAN_LIVE:
+        return CONVOKE__CONTROL__REPLAN_STAGE__REPLAN_LIVE;
+    case ENGINE_REPLAN_FAILED:
+        return CONVOKE__CONTROL__REPLAN_STAGE__REPLAN_REFUSED;
+    default:
+        return CONVOKE__CONTROL__REPLAN_STAGE__REPLAN_LOADING;
+    }
+}
+
+/* Those that ended otherwise, and the last one asked for, until it has been told how that ended. */
+static size_t fill_replans(server *s, const engine_replan_state *now, Convoke__Control__ReplanState *out)
+{
+    size_t n = 0;
+    for (int i = 0; i < s->n_ended; i++, n++) {
+        convoke__control__replan_state__init(&out[n]);
+        out[n].epoch = s->ended[i].epoch;
+        out[n].stage = s->ended[i].stage;
+        out[n].reason = s->ended[i].reason;
+    }
+    bool over = now->stage == ENGINE_REPLAN_LIVE || now->stage == ENGINE_REPLAN_FAILED;
+    if (now->stage != ENGINE_REPLAN_NONE && !(over && s->told_stage == now->stage)) {
+        convoke__control__replan_state__init(&out[n]);
+        out[n].epoch = now->epoch;
+        out[n].stage = stage_of(now->stage);
+        out[n].loaded_bytes = now->loaded_bytes;
+        out[n].total_bytes = now->total_bytes;
+        out[n].copies = now->copies;
+        out[n].seconds = now->seconds;
+        if (now->stage == ENGINE_REPLAN_FAILED)
+            out[n].reason = (char *)now->reason;
+        n++;
+    }
+    return n;
+}
+
+static void note_told(server *s, const engine_replan_state *now)
+{
+    if (s->told_stage != now->stage && now->stage == ENGINE_REPLAN_LIVE)
+        log_line("plan epoch %llu live after %.2f s: %u new copies, %.1f MB loaded", (unsigned long long)now->epoch, now->seconds,
+                 now->copies, (double)now->total_bytes * 1e-6);
+    if (s->told_stage != now->stage && now->stage == ENGINE_REPLAN_FAILED)
+        log_line("plan epoch %llu does not become live: %s", (unsigned long long)now->epoch, now->reason);
+    s->told_stage = now->stage;
+    s->n_ended = 0;
+    s->told_at = clock_seconds();
+}
+
 static status send_report(server *s)
 {
     Convoke__Control__Report head = CONVOKE__CONTROL__REPORT__INIT;
+    Convoke__Control__ReplanState replans[MOST_ENDED + 1], *pointers[MOST_ENDED + 1];
     engine_counters c;
     engine_get_counters(s->engine, &c);
     for (int r = 0; r < s->n_ranks; r++) {
         s->kv_free[r] = (uint32_t)c.kv_free_of_rank[r];
         s->rows_of_rank[r] = c.rows_of_rank[r];
+        s->compute[r] = c.compute_of_rank[r];
     }
+    for (int i = 0; i <= MOST_ENDED; i++)
+        pointers[i] = &replans[i];
     uint64_t link_bytes[3] = {c.link_bytes[0], c.link_bytes[1], c.link_bytes[2]};
     head.launch = s->setup->launch;
     head.step = c.n_steps;
@@ -309,7 +386,100 @@ static status send_report(server *s)
     head.link_bytes = link_bytes;
     head.n_load_max_over_mean = (size_t)runtime_config(s->runtime)->n_moe_layers;
     head.load_max_over_mean = (double *)c.load_max_over_mean;
-    return send_events(s, &head);
+    head.plan_epoch = c.plan_epoch;
+    head.n_replans = fill_replans(s, &c.replan, replans);
+    head.replans = pointers;
+    head.n_compute_seconds_of_rank = (size_t)s->n_ranks;
+    head.compute_seconds_of_rank = s->compute;
+    TRY(send_events(s, &head));
+    note_told(s, &c.replan);
+    return STATUS_OK;
+}
+
+/* ---- statistics ---- */
+
+static status send_counts_part(server *s, uint64_t id, const engine_counts *c, size_t at, uint32_t part)
+{
+    Convoke__Control__Statistics w = CONVOKE__CONTROL__STATISTICS__INIT;
+    Convoke__Control__ToCoordinator m = CONVOKE__CONTROL__TO_COORDINATOR__INIT;
+    w.launch = s->setup->launch;
+    w.id = id;
+    w.part = part;
+    if (c->failed) {
+        w.failed = (char *)c->failed;
+        w.last = true;
+    } else {
+        w.tokens = c->tokens;
+        w.counts.data = (uint8_t *)(uintptr_t)c->bytes + at; /* packed, never written */
+        w.counts.len = c->size - at < COUNTS_PART_BYTES ? c->size - at : COUNTS_PART_BYTES;
+        w.last = at + w.counts.len == c->size;
+    }
+    m.kind_case = CONVOKE__CONTROL__TO_COORDINATOR__KIND_STATISTICS;
+    m.statistics = &w;
+    return send_message(s, &m);
+}
+
+static status ask_next_counts(server *s)
+{
+    return s->n_asked > 0 ? engine_ask_counts(s->engine) : STATUS_OK;
+}
+
+static status send_counts(server *s)
+{
+    engine_counts c;
+    if (!engine_take_counts(s->engine, &c))
+        return STATUS_OK;
+    size_t at = 0;
+    uint32_t part = 0;
+    do {
+        TRY(send_counts_part(s, s->asked[0], &c, at, part++));
+        at += COUNTS_PART_BYTES;
+    } while (!c.failed && at < c.size);
+    memmove(s->asked, s->asked + 1, (size_t)--s->n_asked * sizeof *s->asked);
+    return ask_next_counts(s);
+}
+
+static status ask_counts(server *s, uint64_t id)
+{
+    if (s->n_asked == MOST_ASKED)
+        return send_counts_part(s, id, &(engine_counts){.failed = "statistics are asked for faster than they can be gathered"}, 0,
+                                0);
+    s->asked[s->n_asked++] = id;
+    return s->n_asked == 1 ? ask_next_counts(s) : STATUS_OK;
+}
+
+/* ---- another plan ---- */
+
+static void end_plan(server *s, uint64_t epoch, Convoke__Control__ReplanStage stage, const char *reason)
+{
+    if (s->n_ended == MOST_ENDED)
+        return;
+    ended_plan *p = &s->ended[s->n_ended++];
+    *p = (ended_plan){.epoch = epoch, .stage = stage};
+    snprintf(p->reason, sizeof p->reason, "%s", reason);
+}
+
+/* What is refused leaves everything as it was. */
+static status replan(server *s, const Convoke__Control__Replan *m)
+{
+    plan p = {0};
+    engine_counters before;
+    plan_shape shape = runtime_plan_shape(s->runtime);
+    engine_get_counters(s->engine, &before);
+    status st = plan_parse("the plan", m->plan_json, strlen(m->plan_json), &shape, &p);
+    if (st == STATUS_OK && *m->name)
+        snprintf(p.name, sizeof p.name, "%s", m->name);
+    if (st == STATUS_OK)
+        st = engine_replan(s->engine, &p, m->epoch, m->bytes_per_second);
+    plan_clear(&p);
+    if (st != STATUS_OK) {
+        end_plan(s, m->epoch, CONVOKE__CONTROL__REPLAN_STAGE__REPLAN_REFUSED, status_message());
+        return STATUS_OK;
+    }
+    if (before.replan.stage == ENGINE_REPLAN_LOADING || before.replan.stage == ENGINE_REPLAN_READY)
+        end_plan(s, before.replan.epoch, CONVOKE__CONTROL__REPLAN_STAGE__REPLAN_REPLACED, "");
+    s->told_stage = ENGINE_REPLAN_NONE;
+    return STATUS_OK;
 }
 
 static status send_ready(server *s)
@@ -463,6 +633,10 @@ static status obey(server *s, const Convoke__Control__ToLeader *m)
         return each_id(s, m->release, release_one);
     case CONVOKE__CONTROL__TO_LEADER__KIND_CLEAR_PREFIX_CACHE:
         return engine_clear_prefix_cache(s->engine);
+    case CONVOKE__CONTROL__TO_LEADER__KIND_STATISTICS:
+        return ask_counts(s, m->statistics->id);
+    case CONVOKE__CONTROL__TO_LEADER__KIND_REPLAN:
+        return replan(s, m->replan);
     case CONVOKE__CONTROL__TO_LEADER__KIND_STOP:
         s->stopping = true;
         return STATUS_OK;
@@ -488,27 +662,37 @@ static status heard(const server *s)
     return s->listening == STATUS_OK ? STATUS_OK : status_fail(s->listening, "%s", s->listening_why);
 }
 
-static void rest(server *s)
+static void rest(server *s, double seconds)
 {
     group_pulse *pulse = group_pulse_of(s->group, 0);
     atomic_store(&pulse->state, RANK_IDLE);
-    control_link_wait(s->link);
+    control_link_wait(s->link, seconds);
     atomic_fetch_add(&pulse->moves, 1); /* before it counts as working: it has not stood still */
     atomic_store(&pulse->state, RANK_WORKING);
+}
+
+/* Whether a plan has come further than the coordinator knows. */
+static bool has_news(const server *s)
+{
+    engine_counters c;
+    engine_get_counters(s->engine, &c);
+    return s->n_ended > 0 || c.replan.stage != s->told_stage ||
+           (c.replan.stage == ENGINE_REPLAN_LOADING && clock_seconds() > s->told_at + NEWS_SECONDS);
 }
 
 static status one_turn(server *s)
 {
     TRY(control_link_check(s->link));
     TRY(read_inbox(s));
-    bool busy = !s->stopping && engine_busy(s->engine);
-    if (busy)
+    bool busy = !s->stopping && engine_busy(s->engine), pending = !s->stopping && engine_pending(s->engine);
+    if (busy || pending)
         TRY(engine_step(s->engine));
     TRY(heard(s));
-    if (busy || s->events.size > 0)
+    TRY(send_counts(s));
+    if (busy || s->events.size > 0 || has_news(s))
         return send_report(s);
     if (!s->stopping)
-        rest(s);
+        rest(s, pending ? ERRAND_SECONDS : -1);
     return STATUS_OK;
 }
 
@@ -533,8 +717,10 @@ static status allocate(server *s)
 {
     s->kv_free = calloc((size_t)s->n_ranks, sizeof *s->kv_free);
     s->rows_of_rank = calloc((size_t)s->n_ranks, sizeof *s->rows_of_rank);
-    return s->kv_free && s->rows_of_rank ? STATUS_OK
-                                         : status_fail(STATUS_NO_MEMORY, "no memory for the tables of %d ranks", s->n_ranks);
+    s->compute = calloc((size_t)s->n_ranks, sizeof *s->compute);
+    return s->kv_free && s->rows_of_rank && s->compute
+               ? STATUS_OK
+               : status_fail(STATUS_NO_MEMORY, "no memory for the tables of %d ranks", s->n_ranks);
 }
 
 static status start(server *s)
@@ -587,6 +773,7 @@ static void clear(server *s)
     free(s->biases);
     free(s->kv_free);
     free(s->rows_of_rank);
+    free(s->compute);
 }
 
 status serve_run(group *g, control_link *link, watch *w, const Convoke__Control__Setup *setup, serve_end *end)
