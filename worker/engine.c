@@ -12,7 +12,7 @@ static status create_local(engine *e)
     const model_config *c = e->parts.config;
     TRY(kv_cache_create(c->n_layers, c->n_kv_heads, c->head_dim, e->limits.kv_bytes, &e->kv));
     TRY(rank_create(e));
-    TRY(plan_create(e));
+    TRY(plans_create(e));
     return counts_create(e);
 }
 
@@ -50,7 +50,7 @@ void engine_destroy(engine *e)
         return;
     lead_destroy(e);
     counts_destroy(e);
-    plan_destroy(e);
+    plans_destroy(e);
     model_destroy(e->model);
     rank_destroy(e);
     kv_cache_destroy(e->kv);

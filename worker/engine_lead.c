@@ -264,7 +264,7 @@ static void put_join(engine *e, const scheduler_join *join)
 
 bool engine_pending(const engine *e)
 {
-    return plan_pending(e) || counts_pending(e);
+    return plans_pending(e) || counts_pending(e);
 }
 
 status lead_write_message(engine *e, bool stop)
@@ -282,12 +282,12 @@ status lead_write_message(engine *e, bool stop)
                       .n_joins = (uint32_t)step->n_joins,
                       .n_growths = (uint32_t)step->n_growths,
                       .n_rows = (uint32_t)step->n_rows};
-    plan_decide(e, &head);
+    plans_decide(e, &head);
     counts_decide(e, &head);
     wire_put_step(&e->message, &head, step);
     for (int i = 0; i < step->n_joins; i++)
         put_join(e, &step->joins[i]);
-    plan_put(e, &head);
+    plans_put(e, &head);
     e->last_prefill_rows = step->prefill_rows;
     e->last_decode_rows = step->decode_rows;
     for (int i = 0; i < step->n_joins; i++)
@@ -330,7 +330,7 @@ static status read_report(engine *e, int rank)
         count_layers(e, rank, rows);
     const void *piece = wire_take_padded(&r, head.counts_bytes);
     const char *sentence = wire_take_padded(&r, head.sentence_bytes);
-    plan_hear(e, rank, &head, sentence);
+    plans_hear(e, rank, &head, sentence);
     counts_hear(e, rank, &head, piece, sentence);
     e->rows_of_rank[rank] = head.expert_rows;
     e->compute_of_rank[rank] = head.compute_seconds;
@@ -383,7 +383,7 @@ status lead_read_reports(engine *e, double seconds)
     for (int r = 0; r < e->n_ranks; r++)
         TRY(read_report(e, r));
     count_lateness(e);
-    plan_conclude(e);
+    plans_conclude(e);
     counts_conclude(e);
     return STATUS_OK;
 }

@@ -151,15 +151,15 @@ void rank_destroy(engine *e);
 status rank_step(engine *e, const void *message, size_t size); /* obeys; fills the report */
 
 /* engine_plan.c; leader: decide, put, hear, conclude; every rank: obey, report */
-status plan_create(engine *e);
-void plan_destroy(engine *e);
-bool plan_pending(const engine *e);
-void plan_decide(engine *e, wire_step *head);
-void plan_put(engine *e, const wire_step *head);
-void plan_hear(engine *e, int rank, const wire_report *report, const char *sentence);
-void plan_conclude(engine *e);
-void plan_obey(engine *e, const wire_step *head, bytes_reader *r);
-const char *plan_report(engine *e, wire_report *report);
+status plans_create(engine *e);
+void plans_destroy(engine *e);
+bool plans_pending(const engine *e);
+void plans_decide(engine *e, wire_step *head);
+void plans_put(engine *e, const wire_step *head);
+void plans_hear(engine *e, int rank, const wire_report *report, const char *sentence);
+void plans_conclude(engine *e);
+void plans_obey(engine *e, const wire_step *head, bytes_reader *r);
+const char *plans_report(engine *e, wire_report *report);
 
 /* engine_counts.c; likewise */
 status counts_create(engine *e);

@@ -18,7 +18,7 @@
 
 /* ---- life ---- */
 
-status plan_create(engine *e)
+status plans_create(engine *e)
 {
     const model_config *c = e->parts.config;
     const plan *p = e->parts.plan;
@@ -34,7 +34,7 @@ status plan_create(engine *e)
     return expert_copies_create(e->parts.file, c, p->layer_numbers, e->wanted, &e->copies);
 }
 
-void plan_destroy(engine *e)
+void plans_destroy(engine *e)
 {
     expert_copies_destroy(e->copies);
     plan_clear(&e->own_plan);
@@ -104,12 +104,12 @@ status engine_replan(engine *e, const plan *p, uint64_t epoch, uint64_t bytes_pe
     return STATUS_OK;
 }
 
-bool plan_pending(const engine *e)
+bool plans_pending(const engine *e)
 {
     return e->plan_verb != PLAN_STAYS || e->replan.stage == ENGINE_REPLAN_LOADING;
 }
 
-void plan_decide(engine *e, wire_step *head)
+void plans_decide(engine *e, wire_step *head)
 {
     head->plan_verb = e->plan_verb;
     head->plan_epoch = e->replan.epoch;
@@ -120,14 +120,14 @@ void plan_decide(engine *e, wire_step *head)
     e->n_plan_ready = 0;
 }
 
-void plan_put(engine *e, const wire_step *head)
+void plans_put(engine *e, const wire_step *head)
 {
     if (head->plan_verb == PLAN_NEW)
         wire_put_plan(&e->message, &e->asked_plan);
 }
 
 /* One rank's word on the wish; that of an older wish says nothing. */
-void plan_hear(engine *e, int rank, const wire_report *report, const char *sentence)
+void plans_hear(engine *e, int rank, const wire_report *report, const char *sentence)
 {
     if (rank == 0)
         e->replan_loaded = e->replan_total = 0;
@@ -142,7 +142,7 @@ void plan_hear(engine *e, int rank, const wire_report *report, const char *sente
 }
 
 /* The step has run, and all ranks' reports are read. Whoever listened to them may have asked for another plan meanwhile. */
-void plan_conclude(engine *e)
+void plans_conclude(engine *e)
 {
     bool flipped = e->sent_verb == PLAN_FLIP && e->replan.epoch == e->sent_epoch;
     if (!flipped && (e->replan.stage != ENGINE_REPLAN_LOADING || e->plan_verb != PLAN_STAYS))
@@ -208,7 +208,7 @@ static void flip(engine *e)
     model_set_plan(e->model, &e->own_plan);
 }
 
-void plan_obey(engine *e, const wire_step *head, bytes_reader *r)
+void plans_obey(engine *e, const wire_step *head, bytes_reader *r)
 {
     switch ((wire_plan_verb)head->plan_verb) {
     case PLAN_NEW:
@@ -226,7 +226,7 @@ void plan_obey(engine *e, const wire_step *head, bytes_reader *r)
 }
 
 /* Returns the sentence where the wish has failed. */
-const char *plan_report(engine *e, wire_report *report)
+const char *plans_report(engine *e, wire_report *report)
 {
     if (!e->next_epoch)
         return "";

@@ -172,7 +172,7 @@ static status read_message(engine *e, const void *bytes, size_t size, wire_step_
             sequence *s = &e->places[step->growths[i].place];
             s->blocks[s->n_blocks++] = step->growths[i].block;
         }
-    plan_obey(e, &step->head, &r);
+    plans_obey(e, &step->head, &r);
     counts_obey(e, &step->head);
     e->n_rows = e->n_spans = 0;
     for (uint32_t i = 0; i < step->head.n_rows; i++)
@@ -545,7 +545,7 @@ static status open_report(engine *e)
 {
     wire_report head = {.counts_state = COUNTS_NONE};
     const void *piece = NULL;
-    const char *sentence = plan_report(e, &head);
+    const char *sentence = plans_report(e, &head);
     if (counts_report(e, &head, &piece) != STATUS_OK && !*sentence)
         sentence = status_message();
     head.sentence_bytes = *sentence ? (uint32_t)strlen(sentence) + 1 : 0;
