@@ -28,6 +28,11 @@ void bounds_clear(plan_bounds *b);
 status bounds_load(const problem *p, plan_bounds *out);
 status bounds_step(const problem *p, double seconds, plan_bounds *out); /* uses ranks_per_token's per-layer form where known */
 status bounds_ranks(const problem *p, double seconds, plan_bounds *out);
+/* Its per-layer form, without clocks' influence but for `seconds`: meetings [n_layers] of tokens with distinct ranks of their
+ * homes that no plan keeping the slots goes below (caps count only where slack was given and the layer has no slot to spare), and
+ * whether they come from the solved linear programme. Homes alone: where a layer has slots to spare, a token that goes to
+ * replicas may meet fewer ranks than its homes. */
+status bounds_ranks_of_layers(const problem *p, double seconds, double *meetings, bool *proved);
 status bounds_spectral(const problem *p, double seconds, plan_bounds *out);
 status bounds_matching(const problem *p, double seconds, plan_bounds *out);
 
