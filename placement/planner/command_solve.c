@@ -33,6 +33,7 @@ typedef struct {
     held_out_result held;
     char held_why[200];
     double solve_seconds, fold_seconds;
+    console console;
 } solve_state;
 
 static status parse(int argc, char **argv, solve_options *o, bool *run)
@@ -98,10 +99,19 @@ static status find_solver(const char *name, const solver **out)
     return status_fail(STATUS_USAGE, "--solver: '%s' is none of %s", name, names);
 }
 
+/* A new stage is worth a line even when the last was just drawn. */
+static void show_stage(solve_state *s, const char *what)
+{
+    s->console.last_us = 0;
+    console_show(&s->console, "%s: %s", s->solver->name, what);
+}
+
 static status make_plan(const solve_options *o, const problem_request *request, solve_state *s)
 {
     TRY(problem_create(request, true, &s->problem));
     double start = clock_seconds();
+    console_show(&s->console, "%s: planning %d layers of %d experts on %d ranks, up to %.0f s", s->solver->name,
+                 s->problem->n_layers, s->problem->n_experts, s->problem->n_ranks, o->seconds);
     TRY(solver_run(s->solver, s->problem, &s->report, &s->made));
     s->solve_seconds = clock_seconds() - start;
     if (o->name)
@@ -119,6 +129,7 @@ static status judge_plan(const solve_options *o, const problem_request *request,
     TRY(score_plan(p, &s->made, &s->score));
     TRY(score_plan(p, &s->contiguous, &s->contiguous_score));
     if (o->bounds != 2) {
+        show_stage(s, "lower bounds");
         unsigned which = BOUND_LOAD | BOUND_RANKS | BOUND_STEP | (o->bounds == 1 ? BOUND_SPECTRAL | BOUND_MATCHING : 0);
         TRY(bounds_compute(p, which, o->bound_seconds, &s->bounds));
         s->has_bounds = true;
@@ -126,6 +137,7 @@ static status judge_plan(const solve_options *o, const problem_request *request,
     if (o->folds == 0 || !p->traffic || !p->schedule)
         return STATUS_OK;
     double start = clock_seconds();
+    show_stage(s, "planning again for held-out traffic");
     TRY(held_out_run(s->solver, request, (int)o->folds, (fold_kind)o->fold_by, &s->held, s->held_why, sizeof s->held_why));
     s->fold_seconds = clock_seconds() - start;
     return STATUS_OK;
@@ -277,6 +289,7 @@ static status solve(solve_options *o, solve_state *s)
     TRY(make_plan(o, &request, s));
     request.seed = NULL; /* it may have seen what a fold holds out */
     TRY(judge_plan(o, &request, s));
+    console_erase(&s->console);
     TRY(write_outputs(o, s));
     if (o->json)
         return print_json(s);
@@ -296,7 +309,9 @@ status command_solve(int argc, char **argv)
         list_solvers();
         return STATUS_OK;
     }
+    console_open(&s.console, STDERR_FILENO);
     status st = solve(&o, &s);
+    console_erase(&s.console);
     problem_destroy(s.problem);
     plan_clear(&s.seed);
     plan_clear(&s.made);
