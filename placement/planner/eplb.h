@@ -1,7 +1,7 @@
 /* eplb.h - DeepSeek's expert-parallelism load balancer, step for step, in single precision as published
  * (github.com/deepseek-ai/EPLB, eplb.py). Pure but for scratch memory. */
-#ifndef CONVOKE_PLANNER_EPLB_H
-#define CONVOKE_PLANNER_EPLB_H
+#ifndef CONVOKE_PLACEMENT_PLANNER_EPLB_H
+#define CONVOKE_PLACEMENT_PLANNER_EPLB_H
 
 #include "proto/status.h"
 

@@ -1,6 +1,6 @@
 /* start.h - what searches start from, and the plan they never fall behind. */
-#ifndef CONVOKE_PLANNER_START_H
-#define CONVOKE_PLANNER_START_H
+#ifndef CONVOKE_PLACEMENT_PLANNER_START_H
+#define CONVOKE_PLACEMENT_PLANNER_START_H
 
 #include "placement/planner/solver.h"
 
