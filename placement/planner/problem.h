@@ -37,8 +37,10 @@ typedef struct {
 typedef struct {
     const problem_request *request; /* borrowed */
     const topology *topology;
-    const traffic *traffic;          /* NULL: none */
-    const replay_schedule *schedule; /* of the traffic, round-robin owners; NULL without traffic */
+    const traffic *traffic;            /* NULL: none */
+    const replay_schedule *schedule;   /* of the traffic, round-robin owners; NULL without traffic */
+    const uint16_t *owner_of_sequence; /* [traffic's n_sequences] whom the schedule, and steps drawn besides it, give a sequence
+                                          to; NULL: the owner of its place */
     int n_layers, n_experts, n_ranks, top_k;
     const int *layer_numbers; /* [n_layers] */
     double *load;             /* [n_layers][n_experts] P */

@@ -43,7 +43,7 @@ typedef struct {
 extern const solver solver_contiguous, solver_random, solver_lpt, solver_eplb, solver_eplb_apart, solver_craft, solver_exflow;
 extern const solver solver_chain, solver_cut;                      /* local search */
 extern const solver solver_moetuner, solver_ilp, solver_partition; /* with GLPK (lp.h) */
-extern const solver solver_batch, solver_auto;
+extern const solver solver_batch, solver_affinity, solver_auto;
 
 extern const solver *const solvers[]; /* ends with NULL */
 const solver *solver_find(const char *name);

@@ -1,0 +1,117 @@
+/* affinity - plans for owners that follow the experts: sequences that use the same experts are put together first, experts are
+ * placed for those owners by step time, owners are chosen anew under that plan, and so on; every plan is priced by a replay in
+ * which owners really go by affinity, from their sequence's first tokens. */
+#include "placement/planner/owners.h"
+#include "placement/planner/score.h"
+#include "placement/planner/solver.h"
+#include "placement/planner/start.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { ROUNDS = 3, STARTS = 2, STREAM = 0x0ff1ce };
+
+static status measure(const problem *p, const plan *made, double *out)
+{
+    problem_request request = *p->request;
+    problem q = *p;
+    request.replay.owners = OWNER_AFFINITY;
+    q.request = &request;
+    return score_step_us(&q, made, out);
+}
+
+typedef struct {
+    const problem *p;
+    uint16_t *owners; /* [n_sequences] */
+    plan best;
+    double best_us;
+    bool has_best;
+    int rounds, best_round;
+    solver_report *report;
+} search;
+
+/* Takes `made` over or drops it. */
+static status consider(search *s, plan *made)
+{
+    double us;
+    status st = measure(s->p, made, &us);
+    if (st == STATUS_OK && (!s->has_best || us < s->best_us)) {
+        plan_clear(&s->best);
+        s->best = *made;
+        s->best_us = us;
+        s->has_best = true;
+        s->best_round = s->rounds;
+        *made = (plan){0};
+    }
+    plan_clear(made);
+    return st;
+}
+
+/* Experts for the owners as they are now; *made is the new plan. */
+static status place_experts(search *s, double seconds, int64_t work, plan *made)
+{
+    problem q = *s->p;
+    problem_request request = *s->p->request;
+    replay_schedule schedule = {0};
+    solver_report report = {0};
+    request.replay.owners = OWNER_ROUND_ROBIN; /* that is, as the schedule says */
+    request.seed = NULL;
+    request.seconds = seconds;
+    request.work = work;
+    TRY(owners_schedule(s->p, s->owners, &schedule));
+    q.request = &request;
+    q.schedule = &schedule;
+    q.owner_of_sequence = s->owners;
+    status st = solver_batch.solve(&q, &report, made);
+    s->report->work += report.work;
+    s->report->out_of_time |= report.out_of_time;
+    replay_schedule_clear(&schedule);
+    return st;
+}
+
+static status improve(search *s, int start)
+{
+    const problem_request *r = s->p->request;
+    TRY(owners_by_likeness(s->p, STREAM + (uint64_t)start, s->owners));
+    for (int round = 0; round < ROUNDS; round++) {
+        plan made = {0};
+        s->rounds++;
+        TRY(place_experts(s, r->seconds / (ROUNDS * STARTS), r->work / (ROUNDS * STARTS), &made));
+        status st = owners_by_plan(s->p, &made, s->owners);
+        if (st == STATUS_OK)
+            st = consider(s, &made);
+        plan_clear(&made);
+        TRY(st);
+    }
+    return STATUS_OK;
+}
+
+static status solve(const problem *p, solver_report *report, plan *out)
+{
+    if (!p->schedule)
+        return status_fail(STATUS_USAGE, "solver affinity prices steps: give it a trace");
+    search s = {.p = p, .report = report, .owners = malloc((size_t)p->traffic->n_sequences * sizeof *s.owners)};
+    status st = s.owners ? STATUS_OK : status_fail(STATUS_NO_MEMORY, "no memory for owners");
+    for (int start = 0; st == STATUS_OK && start < STARTS; start++)
+        st = improve(&s, start);
+    free(s.owners);
+    if (st != STATUS_OK) {
+        plan_clear(&s.best);
+        return st;
+    }
+    snprintf(report->remark, sizeof report->remark,
+             "best of %d rounds of placing experts for owners and owners for experts: number %d", s.rounds, s.best_round);
+    snprintf(s.best.name, sizeof s.best.name, "affinity");
+    return start_keep_seed(&solver_affinity, p, &s.best, report, out);
+}
+
+const solver solver_affinity = {
+    .name = "affinity",
+    .summary = "experts for owners and owners for experts in turn, so that rows stay home",
+    .paper = "alternating form of affinity placement (cf. MoETuner, ExFlow); ours",
+    .objective = "modelled step time with owners by affinity (us)",
+    .flags = SOLVER_NEEDS_TRAFFIC | SOLVER_REPLICATES | SOLVER_PRICES_LOAD,
+    .solve = solve,
+    .measure = measure,
+};
