@@ -3,8 +3,8 @@
  * A plan knows nothing of the model's groups of experts, so the global policy is used: one group. The original asks for the same
  * number of places on every rank; where ranks differ (budgets), each keeps its own number and the rest stays as it is. Two copies
  * of one expert on one rank are one copy here: an engine gains nothing by the second, and the plan format has no word for it. */
-#include "placement/planner/assign.h"
 #include "placement/planner/eplb.h"
+#include "placement/planner/replicate.h"
 #include "placement/planner/score.h"
 #include "placement/planner/start.h"
 
@@ -24,7 +24,6 @@ typedef struct {
     int n, n_ranks; /* n: places in the layer */
     int *slots, *expert, *rank, *place, *copies;
     float *weight, *part;
-    double *load;
 } layer;
 
 static void layer_close(layer *y)
@@ -36,7 +35,6 @@ static void layer_close(layer *y)
     free(y->copies);
     free(y->weight);
     free(y->part);
-    free(y->load);
 }
 
 static status layer_open(const problem *p, int l, layer *y)
@@ -54,8 +52,7 @@ static status layer_open(const problem *p, int l, layer *y)
     y->copies = malloc(n * sizeof *y->copies);
     y->weight = malloc(n * sizeof *y->weight);
     y->part = malloc(n * sizeof *y->part);
-    y->load = malloc(n * sizeof *y->load);
-    if (!y->slots || !y->expert || !y->rank || !y->place || !y->copies || !y->weight || !y->part || !y->load) {
+    if (!y->slots || !y->expert || !y->rank || !y->place || !y->copies || !y->weight || !y->part) {
         layer_close(y);
         return status_fail(STATUS_NO_MEMORY, "no memory to balance %d experts", p->n_experts);
     }
@@ -72,33 +69,19 @@ static status pack_as_published(const problem *p, layer *y)
     return eplb_pack(y->n, p->n_ranks, y->part, y->slots, y->rank, y->place);
 }
 
-/* As many replicas as can be kept apart: where ranks' room is very uneven, a few fewer than places. */
-static status pack_apart(const problem *p, layer *y)
-{
-    int ranks = 0;
-    for (int g = 0; g < p->n_ranks; g++)
-        ranks += y->slots[g] > 0;
-    for (; y->n >= p->n_experts; y->n--) {
-        eplb_replicate(p->n_experts, y->n, y->weight, ranks, y->expert, y->copies);
-        for (int i = 0; i < y->n; i++)
-            y->load[i] = y->expert[i] < 0 ? 0 : y->weight[y->expert[i]] / (float)y->copies[y->expert[i]];
-        assign_task t = {y->n, p->n_ranks, y->load, p->share, y->slots, y->expert};
-        double worst = y->expert[y->n - 1] < 0 ? ASSIGN_NO_ROOM : assign_first(&t, y->rank);
-        if (worst == ASSIGN_NO_MEMORY)
-            return status_fail(STATUS_NO_MEMORY, "no memory to balance %d experts", p->n_experts);
-        if (worst != ASSIGN_NO_ROOM)
-            return STATUS_OK;
-    }
-    return status_fail(STATUS_BAD_INPUT, "there is no room for a layer's %d experts", p->n_experts);
-}
-
 static status balance_layer(void *arg, int l)
 {
     balancing *b = arg;
     const problem *p = b->p;
+    if (b->apart) {
+        double worst;
+        size_t first = problem_at(p, l, 0);
+        return replicate_layer(p, l, p->slots + (size_t)l * (size_t)p->n_ranks, false, b->home + first,
+                               b->holds + first * (size_t)p->n_ranks, &worst);
+    }
     layer y;
     TRY(layer_open(p, l, &y));
-    status st = b->apart ? pack_apart(p, &y) : pack_as_published(p, &y);
+    status st = pack_as_published(p, &y);
     for (int i = 0; st == STATUS_OK && i < y.n; i++) {
         size_t at = problem_at(p, l, y.expert[i]);
         bool *held = &b->holds[at * (size_t)p->n_ranks + (size_t)y.rank[i]];
