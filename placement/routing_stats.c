@@ -191,10 +191,12 @@ static status append_domain(routing_stats *s, const char *name)
     return st;
 }
 
-/* numbers[d]: where domain d of `from` is in s; new ones are appended. */
-static status match_domains(routing_stats *s, const routing_shape *from, int *numbers)
+/* numbers[d]: where domain d of `from` is in s; new ones are appended. only >= 0: that domain alone. */
+static status match_domains(routing_stats *s, const routing_shape *from, int only, int *numbers)
 {
     for (int d = 0; d < from->n_domains; d++) {
+        if (only >= 0 && d != only)
+            continue;
         numbers[d] = routing_shape_find_domain(&s->shape, from->domains[d]);
         if (numbers[d] < 0) {
             TRY(append_domain(s, from->domains[d]));
@@ -204,13 +206,13 @@ static status match_domains(routing_stats *s, const routing_shape *from, int *nu
     return STATUS_OK;
 }
 
-static status same_model(routing_stats *s, const char *where, const routing_shape *from, int **numbers)
+static status same_model(routing_stats *s, const char *where, const routing_shape *from, int only, int **numbers)
 {
     TRY(routing_shape_same_model("routing statistics", &s->shape, where, from));
     *numbers = calloc((size_t)from->n_domains, sizeof **numbers);
     if (!*numbers)
         return status_fail(STATUS_NO_MEMORY, "%s: no memory for %d domains", where, from->n_domains);
-    status st = match_domains(s, from, *numbers);
+    status st = match_domains(s, from, only, *numbers);
     if (st != STATUS_OK)
         free(*numbers);
     else if (s->shape.top_k == 0)
@@ -222,7 +224,7 @@ status routing_stats_add_trace(routing_stats *s, const routing_trace *trace)
 {
     const routing_shape *shape = routing_trace_shape(trace);
     int *domains;
-    TRY(same_model(s, routing_trace_path(trace), shape, &domains));
+    TRY(same_model(s, routing_trace_path(trace), shape, -1, &domains));
     uint16_t *experts = calloc((size_t)shape->n_layers * (size_t)shape->top_k + 1, sizeof *experts);
     status st = experts ? STATUS_OK : status_fail(STATUS_NO_MEMORY, "%s: no memory for a row", routing_trace_path(trace));
     for (int64_t t = 0; st == STATUS_OK && t < routing_trace_n_tokens(trace); t++) {
@@ -234,29 +236,54 @@ status routing_stats_add_trace(routing_stats *s, const routing_trace *trace)
     return st;
 }
 
-status routing_stats_merge(routing_stats *into, const routing_stats *from)
+static status add_slot(routing_stats *into, const slot *source, size_t index)
+{
+    slot *to;
+    TRY(use_slot(into, index, &to));
+    to->tokens += source->tokens;
+    for (size_t c = 0; c < n_per_expert(into); c++)
+        to->per_expert[c] += source->per_expert[c];
+    for (size_t c = 0; c < n_same(into); c++)
+        to->same_pairs[c] += source->same_pairs[c];
+    for (size_t c = 0; c < n_next(into); c++)
+        to->next_pairs[c] += source->next_pairs[c];
+    return STATUS_OK;
+}
+
+status routing_stats_merge_part(routing_stats *into, const routing_stats *from, int domain, int phase)
 {
     if (into->pairs && !from->pairs)
         return status_fail(STATUS_BAD_INPUT, "routing statistics: counts without pairs cannot be added to counts with pairs");
     int *domains;
-    TRY(same_model(into, "what is added", &from->shape, &domains));
+    TRY(same_model(into, "what is added", &from->shape, domain, &domains));
     status st = STATUS_OK;
     for (size_t i = 0; i < n_slots(from) && st == STATUS_OK; i++) {
-        const slot *source = &from->slots[i];
-        slot *to;
-        if (!source->per_expert ||
-            (st = use_slot(into, (size_t)domains[i / N_PHASES] * N_PHASES + i % N_PHASES, &to)) != STATUS_OK)
-            continue;
-        to->tokens += source->tokens;
-        for (size_t c = 0; c < n_per_expert(into); c++)
-            to->per_expert[c] += source->per_expert[c];
-        for (size_t c = 0; c < n_same(into); c++)
-            to->same_pairs[c] += source->same_pairs[c];
-        for (size_t c = 0; c < n_next(into); c++)
-            to->next_pairs[c] += source->next_pairs[c];
+        bool wanted = (domain < 0 || i / N_PHASES == (size_t)domain) && (phase < 0 || i % N_PHASES == (size_t)phase);
+        if (wanted && from->slots[i].per_expert)
+            st = add_slot(into, &from->slots[i], (size_t)domains[i / N_PHASES] * N_PHASES + i % N_PHASES);
     }
     free(domains);
     return st;
+}
+
+status routing_stats_merge(routing_stats *into, const routing_stats *from)
+{
+    return routing_stats_merge_part(into, from, -1, -1);
+}
+
+status routing_stats_add_counts(routing_stats *s, const uint64_t *tokens_per_expert, uint64_t tokens, int domain, int phase)
+{
+    if (s->pairs)
+        return status_fail(STATUS_BAD_INPUT, "routing statistics: counts without pairs cannot be added to counts with pairs");
+    if (domain < 0 || domain >= s->shape.n_domains || phase < 0 || phase >= N_PHASES)
+        return status_fail(STATUS_BAD_INPUT, "routing statistics: domain %d, phase %d are outside 0 to %d and 0 to %d", domain,
+                           phase, s->shape.n_domains - 1, N_PHASES - 1);
+    slot *to;
+    TRY(use_slot(s, (size_t)(domain * N_PHASES + phase), &to));
+    to->tokens += tokens;
+    for (size_t i = 0; i < n_per_expert(s); i++)
+        to->per_expert[i] += tokens_per_expert[i];
+    return STATUS_OK;
 }
 
 /* ---- between ranks ----

@@ -30,8 +30,12 @@ void routing_stats_destroy(routing_stats *stats); /* NULL is fine */
 status routing_stats_add_row(routing_stats *stats, const uint16_t *experts, int domain, int phase);
 /* Every token of a trace of the same model; domains go together by name, new ones are appended. */
 status routing_stats_add_trace(routing_stats *stats, const routing_trace *trace);
+/* Counts that somebody else took: tokens_per_expert [n_layers][n_experts] of `tokens` tokens. Not for statistics with pairs. */
+status routing_stats_add_counts(routing_stats *stats, const uint64_t *tokens_per_expert, uint64_t tokens, int domain, int phase);
 /* Adds all counts of `from`, which is of the same model, and, if `into` has pairs, has them too; domains as above. */
 status routing_stats_merge(routing_stats *into, const routing_stats *from);
+/* The same for one domain of `from` and one phase (-1: all); only that domain is appended. */
+status routing_stats_merge_part(routing_stats *into, const routing_stats *from, int domain, int phase);
 
 /* For ranks of one job, which count by the same shape: all counts that are not zero, appended to `out`, in two or three bytes
  * each as a rule; and their addition on the other side, which refuses bytes of another shape or cut short. */

@@ -1,5 +1,5 @@
 /* formats.h - other engines' files, and flat arrays of recorded routing: read into traces, statistics or plans, written from
- * plans and statistics. One table; layouts are in placement/README.md. */
+ * plans and statistics. One table; layouts are in placement/planner/FORMATS.md. */
 #ifndef CONVOKE_PLACEMENT_PLANNER_FORMATS_H
 #define CONVOKE_PLACEMENT_PLANNER_FORMATS_H
 
@@ -9,12 +9,17 @@
 
 typedef enum { FORMAT_TRACE, FORMAT_STATS, FORMAT_PLAN } format_kind;
 
+enum { IMPORT_PHASE_OWN, IMPORT_PHASE_PREFILL, IMPORT_PHASE_DECODE }; /* own: what the format is about, see FORMATS.md */
+
 typedef struct {
     const char *model;                                /* NULL: from the file, or unknown */
     int n_experts, n_layers, top_k, n_ranks, n_nodes; /* 0: from the file, where it says so; else asked for by name */
     const char *domain;                               /* NULL: "default" or the file's own */
     const char *index;                                /* flat arrays: CSV of sequences; NULL: beside the file */
     bool keep_repetition;                             /* flat arrays: keep what the index marks as looping */
+    int phase;                 /* of counts and tokens whose file does not say: IMPORT_PHASE_OWN, _PREFILL or _DECODE */
+    const char *layer_numbers; /* the model's own, "3-60" or "1,3,5-9"; NULL: from the file, or 0, 1, 2, ... Where a file has a
+                                  row for every layer of the model (sglang), those rows are taken */
 } import_options;
 
 typedef struct {
