@@ -6,7 +6,7 @@
 
 enum { USUAL_CONCURRENCY = 128 };
 
-static status load_topology(plan_inputs *in, const plan *like)
+status inputs_load_topology(plan_inputs *in, const plan *like)
 {
     if (in->topology_path && in->ranks)
         return status_fail(STATUS_USAGE, "--topology and --ranks: one of the two");
@@ -64,7 +64,7 @@ out:
 
 status inputs_load(plan_inputs *in, const plan *like)
 {
-    TRY(load_topology(in, like));
+    TRY(inputs_load_topology(in, like));
     if (in->stats_path)
         TRY(routing_stats_read(in->stats_path, &in->stats));
     if (in->trace_path)

@@ -61,6 +61,7 @@ typedef struct {
 
 /* Reads what was named. `like`: without a topology and --ranks, a uniform one on its ranks and nodes (NULL: ask for one). */
 status inputs_load(plan_inputs *in, const plan *like);
+status inputs_load_topology(plan_inputs *in, const plan *like); /* that part alone */
 void inputs_clear(plan_inputs *in);
 /* Borrows from `in`; slack, extra slots, budgets of work are the caller's to add. */
 problem_request inputs_request(const plan_inputs *in);

@@ -8,10 +8,15 @@ static const struct {
     const char *name, *summary;
     status (*run)(int argc, char **argv);
 } commands[] = {
+    {"import", "other engines' files into traces, statistics or plans", command_import},
+    {"stats", "count which experts traces chose", command_stats},
     {"solve", "make a plan from statistics or a trace", command_solve},
     {"score", "what a plan costs: balance, copies, step time", command_score},
     {"compare", "several plans on one trace, one table, one picture", command_compare},
     {"simulate", "replay a trace under a plan", command_simulate},
+    {"diff", "what moves from one plan to another, and when it has paid", command_diff},
+    {"export", "a plan or statistics for another engine", command_export},
+    {"show", "a plan, statistics, a trace or a topology, for people", command_show},
 };
 enum { N_COMMANDS = sizeof commands / sizeof commands[0] };
 
