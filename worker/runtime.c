@@ -31,20 +31,19 @@ static status take_isa(const char *name, kernel_isa *out)
     return status_fail(STATUS_UNSUPPORTED, "host %s has no %s, which this job runs", host, name);
 }
 
-/* A job runs one instruction set: the lowest that all its ranks have. */
-static status agree_on_isa(runtime *r)
+status runtime_agree_on_isa(group *g, const char *name, kernel_isa *out)
 {
     kernel_isa mine = ISA_SCALAR;
     int lowest;
-    if (r->options->isa)
-        return group_agree(r->group, take_isa(r->options->isa, &r->isa));
-    TRY(group_agree(r->group, kernels_pick(&mine)));
-    TRY(group_min(r->group, (int)mine, &lowest));
-    r->isa = (kernel_isa)lowest;
+    if (name)
+        return group_agree(g, take_isa(name, out));
+    TRY(group_agree(g, kernels_pick(&mine)));
+    TRY(group_min(g, (int)mine, &lowest));
+    *out = (kernel_isa)lowest;
     return STATUS_OK;
 }
 
-static int default_threads(const group *g)
+int runtime_default_threads(const group *g)
 {
     int ranks_here = 0;
     for (int i = 0; i < group_size(g); i++)
@@ -119,7 +118,7 @@ static status load(runtime *r, const runtime_options *o)
     TRY(model_config_read(o->model_dir, &r->config));
     TRY(make_plan(r, o));
     TRY(bind_weights(r, o));
-    r->threads = o->threads > 0 ? o->threads : default_threads(r->group);
+    r->threads = o->threads > 0 ? o->threads : runtime_default_threads(r->group);
     return thread_pool_create(r->threads, !group_shares_cores(r->group, r->threads), &r->pool);
 }
 
@@ -166,7 +165,7 @@ status runtime_create(group *g, const runtime_options *options, engine_listener 
     r->group = g;
     r->options = options;
     status st;
-    TRY_GOTO(agree_on_isa(r), fail);
+    TRY_GOTO(runtime_agree_on_isa(g, options->isa, &r->isa), fail);
     TRY_GOTO(group_agree(g, load(r, options)), fail);
     TRY_GOTO(create_engine(r, options, listener, arg), fail);
     r->options = NULL;

@@ -39,6 +39,10 @@ typedef struct runtime runtime;
 status runtime_create(group *g, const runtime_options *options, engine_listener listener, void *arg, runtime **out);
 void runtime_destroy(runtime *r); /* NULL is fine */
 
+/* [all] A job runs one instruction set: `name`, which all ranks must have, or (NULL) the best that all have. */
+status runtime_agree_on_isa(group *g, const char *name, kernel_isa *out);
+int runtime_default_threads(const group *g); /* the node's cores over its ranks */
+
 engine *runtime_engine(runtime *r);
 const model_config *runtime_config(const runtime *r);
 const plan *runtime_plan(const runtime *r);      /* of the start; engine_plan() is the live one */

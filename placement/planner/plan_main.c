@@ -17,6 +17,7 @@ static const struct {
     {"diff", "what moves from one plan to another, and when it has paid", command_diff},
     {"export", "a plan or statistics for another engine", command_export},
     {"show", "a plan, statistics, a trace or a topology, for people", command_show},
+    {"probe", "measure, under mpirun, what computing and sending cost for a model", command_probe},
 };
 enum { N_COMMANDS = sizeof commands / sizeof commands[0] };
 
