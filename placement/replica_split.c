@@ -9,7 +9,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { ROUNDS_PER_COPY = 8 };
+/* Part of the rules, as replica_split.h says them. */
+enum { ROUNDS_PER_COPY = 1, CHAIN_DEPTH = 4, TRIES_PER_COPY = 4 };
+#define CHAIN_GOAL (1 - 1.0 / 1024)
 
 struct replica_split {
     int n_ranks, n_experts, max_copies;
@@ -24,6 +26,7 @@ struct replica_split {
     int n_order;
     int *expert;      /* [max_copies] of a copy */
     int *by_rank;     /* [max_copies] the copies of an expert by rising rank */
+    int tries;        /* of chains that are left */
     int *held_first;  /* [n_ranks + 1] of held */
     int *held;        /* [max_copies] copies by rank, of the experts in `order`, by rising expert */
     int *queue;       /* [n_ranks] of the path search */
@@ -90,6 +93,12 @@ static void put_rows(replica_split *s, int copy, int32_t rows)
     s->of_copy[copy] += rows;
     s->rows[g] += rows;
     s->load[g] = load_with(s, g, 0, 0);
+}
+
+static void hand_over(replica_split *s, int from, int to, int32_t rows)
+{
+    put_rows(s, from, -rows);
+    put_rows(s, to, rows);
 }
 
 /* ---- start: single copies where they are, then whole experts, most rows first ---- */
@@ -172,17 +181,12 @@ static void place_whole(replica_split *s, const int32_t *rows)
 
 /* ---- improvement ---- */
 
-/* One or two shifts of rows from copy to copy, and the load of the busiest rank they leave among those they touch. */
+/* Rows from a copy to another, and the load of the busier of their ranks after it. */
 typedef struct {
-    int from[2], to[2];
-    int32_t rows[2];
+    int from, to;
+    int32_t rows;
     double busiest;
 } shift;
-
-static bool better(const shift *a, const shift *b)
-{
-    return a->busiest < b->busiest;
-}
 
 /* Rows of `from` to `to` so that both ranks end nearest to equal: the answer rounded down. */
 static int32_t even_rows(const replica_split *s, double load_from, double load_to, int from, int to)
@@ -206,71 +210,43 @@ static void try_shifts(const replica_split *s, int b, shift *best)
                 int32_t rows = options[o];
                 if (rows < 1 || rows > have)
                     continue;
-                shift one = {.from = {from, -1}, .to = {to, -1}, .rows = {rows, 0}};
                 double left = load_with(s, b, -rows, -(rows == have)), right = load_with(s, g, rows, opens);
-                one.busiest = left > right ? left : right;
-                if (better(&one, best))
-                    *best = one;
+                double busiest = left > right ? left : right;
+                if (busiest < best->busiest)
+                    *best = (shift){.from = from, .to = to, .rows = rows, .busiest = busiest};
             }
         }
     }
 }
 
-/* The best pair: rows of the busiest rank b to g, and some of another expert from g to wherever else (b too). */
-static void try_pair(const replica_split *s, int b, int from, int to, int32_t rows, int from2, int to2, int32_t rows2,
-                     shift *best)
-{
-    int g = s->ranks[to], w = s->ranks[to2];
-    int opens = s->of_copy[to] == 0, opens2 = s->of_copy[to2] == 0;
-    int closes = s->of_copy[from] == rows, closes2 = s->of_copy[from2] == rows2;
-    if (rows < 1 || rows > s->of_copy[from] || rows2 < 1 || rows2 > s->of_copy[from2])
-        return;
-    double at_g = load_with(s, g, rows - rows2, opens - closes2);
-    double at_b = w == b ? load_with(s, b, rows2 - rows, opens2 - closes) : load_with(s, b, -rows, -closes);
-    double at_w = w == b ? at_b : load_with(s, w, rows2, opens2);
-    shift two = {.from = {from, from2}, .to = {to, to2}, .rows = {rows, rows2}};
-    two.busiest = at_b > at_g ? at_b : at_g;
-    two.busiest = two.busiest > at_w ? two.busiest : at_w;
-    if (better(&two, best))
-        *best = two;
-}
+/* ---- chains ---- */
 
-static void try_pairs_over(const replica_split *s, int b, int from, int to, shift *best)
+/* Rank u is at or above the goal; hand enough on to bring it below, and go on from whoever that brings there. True when all are
+ * below; else nothing has changed. */
+static bool find_chain(replica_split *s, int u, double goal, int depth)
 {
-    int g = s->ranks[to], opens = s->of_copy[to] == 0;
-    int32_t have = s->of_copy[from];
-    for (int h = s->held_first[g]; h < s->held_first[g + 1]; h++) {
-        int from2 = s->held[h], e2 = s->expert[from2];
-        int32_t have2 = s->of_copy[from2];
-        if (e2 == s->expert[from] || have2 == 0)
-            continue;
-        for (int i = copies_begin(s, e2); i < copies_begin(s, e2 + 1); i++) {
-            int to2 = s->by_rank[i], w = s->ranks[to2], opens2 = s->of_copy[to2] == 0;
-            if (to2 == from2)
+    for (int h = s->held_first[u]; h < s->held_first[u + 1]; h++) {
+        int from = s->held[h], e = s->expert[from];
+        int32_t have = s->of_copy[from];
+        double least = floor((s->load[u] - goal) / s->row_us[u]) + 1;
+        int32_t options[2] = {least < have ? (int32_t)least : 0, load_with(s, u, -have, -1) < goal ? have : 0};
+        for (int i = copies_begin(s, e); have > 0 && i < copies_begin(s, e + 1); i++) {
+            int to = s->by_rank[i], w = s->ranks[to];
+            if (to == from)
                 continue;
-            /* all of the first, as much of the second as evens out g and w */
-            double at_w = w == b ? load_with(s, b, -have, opens2 - 1) : load_with(s, w, 0, opens2);
-            int32_t even = even_rows(s, load_with(s, g, have, opens), at_w, g, w);
-            try_pair(s, b, from, to, have, from2, to2, even, best);
-            try_pair(s, b, from, to, have, from2, to2, even + 1, best);
-            try_pair(s, b, from, to, have, from2, to2, have2, best);
-            /* all of the second, as much of the first as evens out b and g */
-            double at_b = w == b ? load_with(s, b, have2, opens2) : s->load[b];
-            even = even_rows(s, at_b, load_with(s, g, -have2, opens - 1), b, g);
-            try_pair(s, b, from, to, even, from2, to2, have2, best);
-            try_pair(s, b, from, to, even + 1, from2, to2, have2, best);
+            for (int o = 0; o < 2; o++) {
+                if (options[o] == 0 || (depth == 1 && load_with(s, w, options[o], s->of_copy[to] == 0) >= goal))
+                    continue;
+                if (s->tries-- <= 0)
+                    return false;
+                hand_over(s, from, to, options[o]);
+                if (s->load[w] < goal || (depth > 1 && find_chain(s, w, goal, depth - 1)))
+                    return true;
+                hand_over(s, to, from, options[o]);
+            }
         }
     }
-}
-
-static void try_pairs(const replica_split *s, int b, shift *best)
-{
-    for (int h = s->held_first[b]; h < s->held_first[b + 1]; h++) {
-        int from = s->held[h], e = s->expert[from];
-        for (int i = copies_begin(s, e); s->of_copy[from] > 0 && i < copies_begin(s, e + 1); i++)
-            if (s->by_rank[i] != from)
-                try_pairs_over(s, b, from, s->by_rank[i], best);
-    }
+    return false;
 }
 
 /* ---- paths ---- */
@@ -310,8 +286,7 @@ static void walk_path(replica_split *s, int b, int z, int32_t rows)
     for (int g = z; g != b;) {
         int give = s->give[g], take = s->take[g];
         g = s->ranks[give];
-        put_rows(s, give, -rows);
-        put_rows(s, take, rows);
+        hand_over(s, give, take, rows);
     }
 }
 
@@ -357,21 +332,15 @@ static int busiest_rank(const replica_split *s)
     return b;
 }
 
+/* One round: false when nothing relieves the busiest rank. */
 static bool improve(replica_split *s)
 {
     int b = busiest_rank(s);
-    shift best = {.busiest = s->load[b], .from = {-1, -1}};
+    shift best = {.busiest = s->load[b], .from = -1};
     try_shifts(s, b, &best);
-    if (best.from[0] < 0) {
-        if (find_path(s, b))
-            return true;
-        try_pairs(s, b, &best);
-    }
-    for (int i = 0; i < 2 && best.from[i] >= 0; i++) {
-        put_rows(s, best.from[i], -best.rows[i]);
-        put_rows(s, best.to[i], best.rows[i]);
-    }
-    return best.from[0] >= 0;
+    if (best.from >= 0)
+        hand_over(s, best.from, best.to, best.rows);
+    return best.from >= 0 || find_path(s, b) || find_chain(s, b, s->load[b] * CHAIN_GOAL, CHAIN_DEPTH);
 }
 
 void replica_split_rows(replica_split *s, const plan *p, int layer, const double *row_us, const double *expert_us,
@@ -386,6 +355,7 @@ void replica_split_rows(replica_split *s, const plan *p, int layer, const double
     list_held(s);
     sort_order(s->order, s->n_order);
     place_whole(s, rows);
+    s->tries = TRIES_PER_COPY * copies_begin(s, s->n_experts);
     for (int i = ROUNDS_PER_COPY * (copies_begin(s, s->n_experts)); i > 0 && improve(s); i--)
         ;
 }
@@ -399,31 +369,44 @@ static bool within(const plan *p, circle c, int owner, int rank)
     return c == ANYWHERE || (c == OWN_COPY ? rank == owner : p->node_of_rank[rank] == p->node_of_rank[owner]);
 }
 
+/* Gives an owner's rows of one expert that no copy has yet to the copies within the circle. */
+static void fill_quota(const plan *p, circle near, int owner, const int *ranks, int n, int32_t rows, int32_t *left,
+                       int32_t *quota)
+{
+    for (int c = 0; c < n && near > OWN_COPY; c++)
+        rows -= quota[c];
+    for (int c = 0; c < n && rows > 0; c++) {
+        int32_t gets = !within(p, near, owner, ranks[c]) ? 0 : rows < left[c] ? rows : left[c];
+        quota[c] += gets;
+        left[c] -= gets;
+        rows -= gets;
+    }
+}
+
+/* Experts do not touch each other's copies, so they may stand in the innermost loop, where memory is read in order. */
 void replica_split_owners(replica_split *s, const plan *p, int layer, int n_owners, const int32_t *rows_of_owner,
                           const int32_t *rows_of_copy, int32_t *quota)
 {
     const int *first = p->first_copy + (size_t)layer * (size_t)p->n_experts, *ranks = p->copy_ranks + first[0];
     size_t n_copies = (size_t)(first[p->n_experts] - first[0]), n_experts = (size_t)p->n_experts;
-    int *left = s->held; /* rows a copy has not been given yet */
+    int *left = s->held, *several = s->expert, n_several = 0; /* rows a copy has not been given yet; experts with several */
+    memcpy(left, rows_of_copy, n_copies * sizeof *left);
     memset(quota, 0, (size_t)n_owners * n_copies * sizeof *quota);
-    for (int e = 0; e < p->n_experts; e++) {
-        int begin = first[e] - first[0], end = first[e + 1] - first[0];
-        for (int c = begin; c < end; c++)
-            left[c] = rows_of_copy[c];
-        for (int near = OWN_COPY; near < N_CIRCLES; near++)
-            for (int o = 0; o < n_owners; o++) {
-                int32_t *row = quota + (size_t)o * n_copies;
-                int32_t wants = rows_of_owner[(size_t)o * n_experts + (size_t)e];
-                for (int c = begin; c < end && near > OWN_COPY; c++)
-                    wants -= row[c];
-                for (int c = begin; c < end && wants > 0; c++) {
-                    int32_t gets = !within(p, near, o, ranks[c]) ? 0 : wants < left[c] ? wants : left[c];
-                    row[c] += gets;
-                    left[c] -= gets;
-                    wants -= gets;
-                }
+    for (int e = 0; e < p->n_experts; e++)
+        if (first[e + 1] - first[e] > 1)
+            several[n_several++] = e;
+    for (size_t o = 0; o < (size_t)n_owners; o++)
+        for (int e = 0; e < p->n_experts; e++)
+            if (first[e + 1] - first[e] == 1)
+                quota[o * n_copies + (size_t)(first[e] - first[0])] = rows_of_owner[o * n_experts + (size_t)e];
+    for (int near = OWN_COPY; near < N_CIRCLES; near++)
+        for (int o = 0; o < n_owners; o++)
+            for (int i = 0; i < n_several; i++) {
+                int e = several[i], begin = first[e] - first[0], n = first[e + 1] - first[e];
+                int32_t rows = rows_of_owner[(size_t)o * n_experts + (size_t)e];
+                if (rows > 0)
+                    fill_quota(p, (circle)near, o, ranks + begin, n, rows, left + begin, quota + (size_t)o * n_copies + begin);
             }
-    }
 }
 
 double replica_split_busiest(const plan *p, int layer, const double *row_us, const double *expert_us, const int32_t *rows_of_copy)

@@ -3,11 +3,25 @@
  * Every rank computes it alike from the same counts before rows leave (worker), and replay.h computes it for a simulated step.
  * Pure; nothing is allocated. The algorithm has a name, REPLICA_SPLIT, because results depend on it:
  *
- *   "water-fill-1": whole experts first, most rows first, each onto its least loaded copy; then the busiest rank hands rows or
- *   whole experts on, by one copy, by a path of copies or in exchange, until no rank can take any.
+ *   "water-fill-1". A rank's load is rows * row_us + experts with a row there * expert_us: whole numbers times constants, worked
+ *   out anew each time. Experts are looked at by rising number, an expert's copies by rising rank; the first of equals wins.
+ *   Handing m rows from a copy to another of the same expert may close the one (its last row) and open the other (its first).
+ *   1. Experts with one copy have no choice. Of the others with rows, those with most rows first (ties: lower expert), each goes
+ *      whole to the copy whose rank then has least load.
+ *   2. At most n rounds, n the layer's copies. b is the rank with most load (ties: lower rank), B its load. The first that works:
+ *      shift  from a copy on b to another copy, on g: m = q, q + 1 or all of its rows (1 <= m <= all), where
+ *             q = floor((B - load of g with that copy open) / (row_us of b + row_us of g)), not below 0. The one that leaves the
+ *             busier of b and g with least load, which must be below B.
+ *      path   breadth first from b, over copies with rows: a rank v is entered once, by the first copy found there for which its
+ *             load, with that copy open, is not above B. Two or more hops from b: m = floor((B - that load) / (row_us of b +
+ *             row_us of v)), not below 1, not above the rows of any giving copy of the way. Done if with m rows handed along the
+ *             way b and v end below B and no rank between above it.
+ *      chain  goal = B * (1 - 1/1024). From u (first b) hand over m rows of a copy to another copy, on w: first m = floor((load
+ * of u - goal) / row_us of u) + 1 if it has more than m, then all of them if that brings u below the goal. Done if w is below the
+ * goal too; else the same from w, 4 hand-overs deep at most (the fourth only if it leaves w below the goal); what does not end
+ * well is taken back. At most 4 * n hand-overs are made so in all rounds together. The rounds end when none works.
  *
- * Integer rows, splits allowed; a copy with at least one row costs expert_us once, each row row_us (topology.h). Ties: lower
- * expert, then lower rank. */
+ * Integer rows, splits allowed; a copy with at least one row costs expert_us once, each row row_us (topology.h). */
 #ifndef CONVOKE_PLACEMENT_REPLICA_SPLIT_H
 #define CONVOKE_PLACEMENT_REPLICA_SPLIT_H
 
@@ -22,7 +36,8 @@ status replica_split_create(int n_ranks, int n_experts, int max_copies_per_layer
 void replica_split_destroy(replica_split *s); /* NULL is fine */
 
 /* rows [n_experts] of one layer and step -> rows_of_copy, in the order of the plan's copy_ranks of that layer
- * (rows_of_copy[i] belongs to copy_ranks[first_copy[layer * n_experts] + i]). Costs a few microseconds for 256 experts. */
+ * (rows_of_copy[i] belongs to copy_ranks[first_copy[layer * n_experts] + i]). Costs about 10 microseconds for 256 experts on 64
+ * ranks with one or two replicas each (tests/bench_plan_replay.c). */
 void replica_split_rows(replica_split *s, const plan *p, int layer, const double *row_us, const double *expert_us,
                         const int32_t *rows, int32_t *rows_of_copy);
 /* Which copy serves which owner: rows_of_owner [n_owners][n_experts] (their sums are `rows` above) and rows_of_copy as computed
