@@ -37,6 +37,7 @@ typedef struct {
     const double *start; /* [columns] a feasible point, or NULL: the incumbent to beat, there even when the child dies at once */
     bool relax;          /* LP relaxation only */
     bool duals;          /* wanted (LP) */
+    bool pseudocosts;    /* branch by them: fewer nodes, each dearer. Else by Driebeck and Tomlin's penalties */
     bool cuts;           /* GLPK's MIR, Gomory, cover, clique cuts */
 } lp_options;
 

@@ -221,7 +221,7 @@ static lp_outcome branch_and_bound(glpk_task *t)
     glp_iocp parm;
     glp_init_iocp(&parm);
     parm.msg_lev = GLP_MSG_OFF;
-    parm.br_tech = GLP_BR_PCH;
+    parm.br_tech = t->options->pseudocosts ? GLP_BR_PCH : GLP_BR_DTH;
     parm.mip_gap = t->options->gap;
     parm.cb_func = watch;
     parm.cb_info = t;
