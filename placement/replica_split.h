@@ -8,18 +8,22 @@
  *   Handing m rows from a copy to another of the same expert may close the one (its last row) and open the other (its first).
  *   1. Experts with one copy have no choice. Of the others with rows, those with most rows first (ties: lower expert), each goes
  *      whole to the copy whose rank then has least load.
- *   2. At most n rounds, n the layer's copies. b is the rank with most load (ties: lower rank), B its load. The first that works:
- *      shift  from a copy on b to another copy, on g: m = q, q + 1 or all of its rows (1 <= m <= all), where
- *             q = floor((B - load of g with that copy open) / (row_us of b + row_us of g)), not below 0. The one that leaves the
- *             busier of b and g with least load, which must be below B.
- *      path   breadth first from b, over copies with rows: a rank v is entered once, by the first copy found there for which its
- *             load, with that copy open, is not above B. Two or more hops from b: m = floor((B - that load) / (row_us of b +
- *             row_us of v)), not below 1, not above the rows of any giving copy of the way. Done if with m rows handed along the
- *             way b and v end below B and no rank between above it.
- *      chain  goal = B * (1 - 1/1024). From u (first b) hand over m rows of a copy to another copy, on w: first m = floor((load
- * of u - goal) / row_us of u) + 1 if it has more than m, then all of them if that brings u below the goal. Done if w is below the
- * goal too; else the same from w, 4 hand-overs deep at most (the fourth only if it leaves w below the goal); what does not end
- * well is taken back. At most 4 * n hand-overs are made so in all rounds together. The rounds end when none works.
+ *   2. At most 2 * n rounds, n the layer's copies. b is the rank with most load (ties: lower rank), B its load. Of these the
+ *      first that works; when none does, the rounds end:
+ *
+ *      Shift: m rows of a copy on b to another copy, on g, m = q, q + 1 or all of its rows (as far as it has them), where
+ *      q = floor((B - load of g with that copy open) / (row_us of b + row_us of g)), not below 0. Of all these the one that
+ * leaves the busier of b and g with least load, which must be below B.
+ *
+ *      Path: breadth first from b, over copies with rows. A rank v is entered once, by the first copy found there for which its
+ *      load, with that copy open, is not above B. If that is two or more hops from b: m = floor((B - that load) / (row_us of b +
+ *      row_us of v)), not below 1, not above the rows of any giving copy of the way. It works if with m rows handed along the way
+ *      b and v end below B and no rank between them above it.
+ *
+ *      Chain: the goal is B * (1 - 1/1024). From u, first b, hand over m rows of a copy to another copy, on w: first m =
+ *      floor((load of u - goal) / row_us of u) + 1 if the copy has more, then all of its rows if that brings u below the goal. It
+ *      works if w is below the goal too; else the same from w, 4 hand-overs deep at most (the fourth is made only if it leaves w
+ *      below the goal). What does not end well is taken back. At most 4 * n hand-overs are made so in all rounds together.
  *
  * Integer rows, splits allowed; a copy with at least one row costs expert_us once, each row row_us (topology.h). */
 #ifndef CONVOKE_PLACEMENT_REPLICA_SPLIT_H

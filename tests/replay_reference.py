@@ -242,7 +242,7 @@ class Split:
             self.put(e, min(self.layer[e], key=lambda r: (self.load(r, self.want[e], 1), r)), self.want[e])
         n_copies = sum(map(len, self.layer))
         self.tries = 4 * n_copies
-        for _ in range(n_copies):
+        for _ in range(2 * n_copies):
             b = max(range(self.topo.n), key=lambda r: (self.load(r), -r))
             if not self.shift(b) and not self.path(b) and not self.chain(b, self.load(b) * (1 - 1 / 1024), 4):
                 break
