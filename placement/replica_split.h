@@ -12,8 +12,8 @@
  *      first that works; when none does, the rounds end:
  *
  *      Shift: m rows of a copy on b to another copy, on g, m = q, q + 1 or all of its rows (as far as it has them), where
- *      q = floor((B - load of g with that copy open) / (row_us of b + row_us of g)), not below 0. Of all these the one that
- * leaves the busier of b and g with least load, which must be below B.
+ *      q = floor((B - load of g with that copy open) / (row_us of b + row_us of g)), not below 0. Of all these the one after
+ *      which the busier of b and g has least load, which must be below B.
  *
  *      Path: breadth first from b, over copies with rows. A rank v is entered once, by the first copy found there for which its
  *      load, with that copy open, is not above B. If that is two or more hops from b: m = floor((B - that load) / (row_us of b +
