@@ -1,5 +1,6 @@
 #include "cluster/job_parts.h"
 
+#include "cluster/plan_store.h"
 #include "placement/plan.h"
 #include "placement/topology.h"
 
@@ -8,8 +9,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-enum { MAX_PLAN_BYTES = 48 << 20 }; /* it travels in one frame */
 
 /* ---- options ---- */
 
@@ -68,39 +67,15 @@ static status find_programs(job *j)
     return STATUS_OK;
 }
 
-/* The whole file, NUL at its end. `what` is what it holds. */
-static status read_text(const char *path, const char *what, char **out)
-{
-    FILE *f = fopen(path, "re");
-    if (!f)
-        return status_fail(STATUS_IO, "%s: %s", path, strerror(errno));
-    char *text = malloc(MAX_PLAN_BYTES + 1);
-    size_t n = text ? fread(text, 1, MAX_PLAN_BYTES + 1, f) : 0;
-    bool failed = ferror(f) != 0;
-    fclose(f);
-    status st = !text                ? status_fail(STATUS_NO_MEMORY, "%s: no memory to read it", path)
-                : failed             ? status_fail(STATUS_IO, "%s: cannot be read", path)
-                : n > MAX_PLAN_BYTES ? status_fail(STATUS_UNSUPPORTED, "%s: a %s of more than %d MB cannot be handed to workers",
-                                                   path, what, MAX_PLAN_BYTES >> 20)
-                                     : STATUS_OK;
-    if (st != STATUS_OK) {
-        free(text);
-        return st;
-    }
-    text[n] = '\0';
-    char *fitted = realloc(text, n + 1);
-    *out = fitted ? fitted : text;
-    return STATUS_OK;
-}
-
 static status read_plan(job *j)
 {
     plan p = {0};
+    size_t size;
     const char *path = j->options.plan_path;
     if (!path)
         return STATUS_OK;
-    TRY(read_text(path, "plan", &j->plan_json));
-    TRY(plan_parse(path, j->plan_json, strlen(j->plan_json), NULL, &p));
+    TRY(plan_store_read(path, &j->plan_json, &size));
+    TRY(plan_parse(path, j->plan_json, size, NULL, &p));
     snprintf(j->plan_name, sizeof j->plan_name, "%s", p.name);
     j->plan_epoch = (uint64_t)p.epoch;
     j->plan_ranks = p.n_ranks;
@@ -114,11 +89,12 @@ static status read_plan(job *j)
 static status read_topology(job *j)
 {
     topology t = {0};
+    size_t size;
     const char *path = j->options.topology_path;
     if (!path)
         return STATUS_OK;
-    TRY(read_text(path, "topology", &j->topology_json));
-    TRY(topology_parse(path, j->topology_json, strlen(j->topology_json), &t));
+    TRY(plan_store_read(path, &j->topology_json, &size));
+    TRY(topology_parse(path, j->topology_json, size, &t));
     j->topology_ranks = t.n_ranks;
     topology_clear(&t);
     if (!j->options.wait_for_workers && j->topology_ranks != j->options.n_ranks)

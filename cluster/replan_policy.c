@@ -69,8 +69,14 @@ double replan_balance_error(int n_ranks, double share, double tokens)
     return tokens > 0 ? n_ranks * sqrt(p * (1 - p) / tokens) : INFINITY;
 }
 
-/* Counts x of n draws from p have a part across p whose square is n (sum p - sum p^2 ...) on average; 1 - cosine is half of it
- * over |n p|^2: (1 - sum p^3 / sum p^2) / (2 n sum p^2). */
+/* The largest of G normal deviations is about sqrt(2 ln G) of them. */
+double replan_balance_floor(int n_ranks, double tokens)
+{
+    return n_ranks < 2 ? 1 : 1 + sqrt(2 * log(n_ranks)) * replan_balance_error(n_ranks, 1.0 / n_ranks, tokens);
+}
+
+/* What n draws from p add across the direction of p is n (1 - sum p^3 / sum p^2) in square on average, and 1 - cosine is half of
+ * that over n^2 sum p^2. */
 double replan_drift_error(const uint64_t *counts, int n, double draws)
 {
     double sum = 0, squares = 0, cubes = 0;

@@ -21,6 +21,9 @@ typedef struct {
 
 extern const replan_limits replan_usual_limits;
 
+/* Whether a plan that somebody asks for is put in force. */
+typedef enum { TAKE_BY_MODE, TAKE_IF_IT_PAYS, TAKE_ALWAYS } plan_take;
+
 /* ---- when to plan -------------------------------------------------------------------------------------------------------- */
 
 typedef struct {
@@ -69,6 +72,9 @@ const char *replan_words(replan_verdict v); /* "the busiest rank computes too mu
 
 /* One standard error of a rank's load over the mean, tokens taken as draws: `share` of a layer's rows lands on the rank. */
 double replan_balance_error(int n_ranks, double share, double tokens);
+/* Busiest rank over mean to be expected, on other tokens, of a plan that balances so many counted ones perfectly: what is fitted
+ * to draws fits their chance as well. */
+double replan_balance_floor(int n_ranks, double tokens);
 /* The drift that `draws` would show on average against the very distribution they come from (n probabilities). */
 double replan_drift_error(const uint64_t *counts, int n, double draws);
 

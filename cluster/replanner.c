@@ -2,6 +2,7 @@
 
 #include "cluster/child.h"
 #include "cluster/launch_dir.h"
+#include "cluster/plan_store.h"
 #include "cluster/replan_policy.h"
 #include "proto/clock.h"
 #include "proto/json.h"
@@ -223,24 +224,6 @@ static bool put_counts(cJSON *file, const plan *p, const uint64_t *counts)
     return false;
 }
 
-static status read_back(const char *path, char **out, size_t *size)
-{
-    FILE *f = fopen(path, "re");
-    if (!f)
-        return status_fail(STATUS_IO, "%s: %s", path, strerror(errno));
-    char *text = malloc(MAX_PLAN_BYTES + 1);
-    size_t n = text ? fread(text, 1, MAX_PLAN_BYTES + 1, f) : 0;
-    fclose(f);
-    if (!text || n > MAX_PLAN_BYTES) {
-        free(text);
-        return status_fail(STATUS_NO_MEMORY, "the plan is larger than %d MB", MAX_PLAN_BYTES >> 20);
-    }
-    text[n] = '\0';
-    *out = text;
-    *size = n;
-    return STATUS_OK;
-}
-
 /* Reads what the planner wrote, and writes it again as the coordinator's own: its number, name and counts, this job's nodes. */
 static status take_plan(replanner *r)
 {
@@ -262,7 +245,7 @@ static status take_plan(replanner *r)
         fine ? plan_write_beside(&to->plan, r->model_name, file, path) : status_fail(STATUS_NO_MEMORY, "no memory for a plan");
     cJSON_Delete(file);
     TRY(st);
-    return read_back(path, &to->json, &to->json_size);
+    return plan_store_read(path, &to->json, &to->json_size);
 }
 
 /* What the planner says of the move; an older one that does not know the command costs nothing but these numbers. */
@@ -296,6 +279,7 @@ static status attempt(replanner *r)
     TRY(solve(r));
     TRY(take_plan(r));
     TRY(replan_measure(&to->plan, to->counts, (double)to->tokens, &to->balance_new, NULL));
+    to->balance_new = fmax(to->balance_new, replan_balance_floor(to->plan.n_ranks, (double)to->tokens));
     replan_count_copies(&r->present, &to->plan, &to->n_copies, &to->most_copies);
     price(r);
     return is_cancelled(r) ? status_fail(STATUS_STOPPED, "the attempt was given up") : STATUS_OK;

@@ -39,7 +39,8 @@ typedef struct {
     plan plan;
     char *json; /* the plan as it is sent and kept, with its counts and what the planner says of it */
     size_t json_size;
-    double balance_now, balance_new; /* busiest rank over mean, mean over layers, of both plans on these counts */
+    double balance_now, balance_new; /* busiest rank over mean, mean over layers, of both plans on these counts; the new one's
+                                        not below what it can be on others (replan_balance_floor()) */
     double error;                    /* one standard error of balance_now */
     int n_copies;                    /* that ranks do not have yet; in all, and of the rank that lacks most */
     int most_copies;

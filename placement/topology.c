@@ -90,6 +90,22 @@ status topology_uniform(int n_ranks, int n_nodes, topology *out)
     return STATUS_OK;
 }
 
+status topology_set_nodes(topology *t, const uint32_t *node_of_rank)
+{
+    topology other;
+    TRY(topology_copy(t, &other));
+    for (int r = 0; r < t->n_ranks; r++)
+        other.node_of_rank[r] = node_of_rank[r] < (uint32_t)t->n_ranks ? (int)node_of_rank[r] : t->n_ranks;
+    status st = number_nodes("topology", &other);
+    if (st == STATUS_OK) {
+        topology old = *t;
+        *t = other;
+        other = old;
+    }
+    topology_clear(&other);
+    return st;
+}
+
 static void *copy_of(const void *from, size_t bytes)
 {
     void *to = malloc(bytes);

@@ -40,6 +40,8 @@ status topology_uniform(int n_ranks, int n_nodes, topology *out);
 status topology_read(const char *path, topology *out);
 status topology_parse(const char *where, const char *text, size_t size, topology *out);
 status topology_write(const topology *t, const char *path); /* whole or not at all */
+/* Other nodes for the same ranks, [n_ranks]; refuses numbers that leave one out and then changes nothing. */
+status topology_set_nodes(topology *t, const uint32_t *node_of_rank);
 status topology_copy(const topology *t, topology *out);
 void topology_clear(topology *t); /* a zeroed one is fine */
 

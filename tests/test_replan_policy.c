@@ -168,6 +168,27 @@ static void errors_are_those_of_draws(void **state)
     assert_true(isinf(replan_drift_error(none, N, 100)));
 }
 
+/* Experts of equal load, dealt out so that some counted tokens are balanced perfectly: how far from it are others? */
+static void a_perfect_fit_is_expected_to_be_less_elsewhere(void **state)
+{
+    (void)state;
+    enum { RANKS = 4, DRAWS = 500, ROUNDS = 2000 };
+    uint64_t random = 7;
+    double mean = 0;
+    for (int round = 0; round < ROUNDS; round++) {
+        int rows[RANKS] = {0}, most = 0;
+        for (int d = 0; d < DRAWS; d++)
+            rows[support_below(&random, RANKS)]++;
+        for (int r = 0; r < RANKS; r++)
+            most = rows[r] > most ? rows[r] : most;
+        mean += (double)most * RANKS / DRAWS / ROUNDS;
+    }
+    double floor_of_it = replan_balance_floor(RANKS, DRAWS);
+    assert_true(floor_of_it - 1 > 0.5 * (mean - 1) && floor_of_it - 1 < 2 * (mean - 1));
+    assert_true(replan_balance_floor(RANKS, 1e12) - 1 < 1e-4);
+    assert_true(replan_balance_floor(1, 10) == 1);
+}
+
 /* ---- whether ---- */
 
 static replan_prospect prospect(void)
@@ -273,6 +294,8 @@ int main(void)
          NULL, NULL, NULL},
         {"a pause holds everybody but who asks", a_pause_holds_all_but_askers, NULL, NULL, NULL},
         {"errors of counting are those of draws", errors_are_those_of_draws, NULL, NULL, NULL},
+        {"a plan that balances what was counted is expected to do less well on other tokens",
+         a_perfect_fit_is_expected_to_be_less_elsewhere, NULL, NULL, NULL},
         {"a move pays after work / saved tokens", pays_when_what_is_saved_exceeds_the_move, NULL, NULL, NULL},
         {"what pays too late is refused; without traffic nothing pays", a_gain_that_pays_too_late_is_refused, NULL, NULL, NULL},
         {"a gain within the error of counting is none", a_gain_within_the_error_is_none, NULL, NULL, NULL},
