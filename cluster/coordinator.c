@@ -42,6 +42,7 @@ struct coordinator {
     metrics *metrics;
     requests *requests;
     job *job;
+    live_plan *plan;
     console console;
 
     pthread_mutex_t lock;
@@ -50,6 +51,7 @@ struct coordinator {
     coordinator_info info;
     serving_state state;
     bool was_ready, draining, paused, replayed;
+    journal_launch launch; /* as noted last */
     char last_sentence[1024];
     state_watcher watcher; /* guarded by watch_lock, which is held while it is called */
     pthread_mutex_t watch_lock;
@@ -131,6 +133,16 @@ static void backend_cancel(void *arg, const uint64_t *ids, int n)
 static void backend_hold(void *arg, const uint64_t *ids, int n, bool hold)
 {
     job_hold(((coordinator *)arg)->job, ids, n, hold);
+}
+
+static bool backend_ask_statistics(void *arg, uint64_t id)
+{
+    return job_ask_statistics(((coordinator *)arg)->job, id);
+}
+
+static bool backend_replan(void *arg, const job_plan *plan, uint64_t bytes_per_second)
+{
+    return job_replan(((coordinator *)arg)->job, plan, bytes_per_second);
 }
 
 /* ---- from the workers; on the job's thread -----------------------------------------------------------------------------------
@@ -215,10 +227,24 @@ static void note_ready(coordinator *c, const Convoke__Control__Ready *ready, con
     c->kv_free = i->kv_blocks;
     c->n_launches++;
     c->was_ready = true;
+    c->launch = (journal_launch){.launch = ready->launch, .plan_epoch = ready->plan_epoch};
+    snprintf(c->launch.isa, sizeof c->launch.isa, "%s", ready->isa);
+    snprintf(c->launch.combine, sizeof c->launch.combine, "%s", ready->combine);
+    journal_launch launch = c->launch;
     pthread_mutex_unlock(&c->lock);
-    journal_launch launch = {.launch = ready->launch, .plan_epoch = ready->plan_epoch};
-    snprintf(launch.isa, sizeof launch.isa, "%s", ready->isa);
-    snprintf(launch.combine, sizeof launch.combine, "%s", ready->combine);
+    journal_note_launch(c->journal, &launch);
+}
+
+/* Another plan went live while serving. */
+static void on_live_plan(void *arg, const char *name, uint64_t epoch)
+{
+    coordinator *c = arg;
+    pthread_mutex_lock(&c->lock);
+    c->info.plan_name = intern(c, name);
+    c->info.plan_epoch = epoch;
+    c->launch.plan_epoch = epoch;
+    journal_launch launch = c->launch;
+    pthread_mutex_unlock(&c->lock);
     journal_note_launch(c->journal, &launch);
 }
 
@@ -246,6 +272,7 @@ static void on_ready(void *arg, const Convoke__Control__Ready *ready, const Conv
     coordinator *c = arg;
     console_erase(&c->console);
     note_ready(c, ready, hello);
+    live_plan_ready(c->plan, ready, hello);
     requests_limits limits = limits_of(ready);
     requests_set_limits(c->requests, &limits);
     take_up_journal(c);
@@ -269,8 +296,10 @@ static void on_state(void *arg, job_state state, uint64_t launch, const char *se
         snprintf(c->last_sentence, sizeof c->last_sentence, "%s", sentence);
         pthread_mutex_unlock(&c->lock);
     }
-    if (state == JOB_RESTARTING || state == JOB_GIVEN_UP || state == JOB_STOPPED)
+    if (state == JOB_RESTARTING || state == JOB_GIVEN_UP || state == JOB_STOPPED) {
         requests_workers_lost(c->requests);
+        live_plan_lost(c->plan);
+    }
     if (state == JOB_GIVEN_UP) {
         char why[512];
         snprintf(why, sizeof why, "the workers failed too often: %.400s", sentence ? sentence : "");
@@ -318,8 +347,7 @@ static void report_metrics(coordinator *c, const Convoke__Control__Report *r, do
                         .layer_numbers = c->layer_numbers,
                         .n_layers = (int)r->n_load_max_over_mean <= c->n_layers ? (int)r->n_load_max_over_mean : c->n_layers,
                         .plan_epoch = c->info.plan_epoch,
-                        .launches = c->n_launches,
-                        .plan_drift = -1};
+                        .launches = c->n_launches};
     for (size_t i = 0; i < r->n_link_bytes && i < 3; i++)
         w.link_bytes[i] = r->link_bytes[i];
     metrics_workers(c->metrics, &w);
@@ -343,7 +371,18 @@ static void on_report(void *arg, const Convoke__Control__Report *r)
     double usage = c->info.kv_blocks > 0 ? 1 - (double)c->kv_free / (double)c->info.kv_blocks : 0;
     pthread_cond_broadcast(&c->changed);
     pthread_mutex_unlock(&c->lock);
+    live_plan_report(c->plan, r);
     report_metrics(c, r, usage);
+}
+
+static bool on_plan_wanted(void *arg, const Convoke__Control__Hello *hello, job_plan *out)
+{
+    return live_plan_begin(((coordinator *)arg)->plan, hello, out);
+}
+
+static void on_statistics(void *arg, const Convoke__Control__Statistics *statistics)
+{
+    live_plan_statistics(((coordinator *)arg)->plan, statistics);
 }
 
 /* ---- life --------------------------------------------------------------------------------------------------------------------
@@ -388,6 +427,18 @@ static status open_journal(coordinator *c)
     return STATUS_OK;
 }
 
+static status create_plan(coordinator *c)
+{
+    static const live_plan_backend backend = {
+        .ask_statistics = backend_ask_statistics, .send = backend_replan, .live = on_live_plan};
+    live_plan_options o = c->options.plan;
+    o.model_dir = c->options.job.model_dir;
+    o.plan_path = c->options.job.plan_path;
+    o.topology_path = c->options.job.topology_path;
+    c->options.job.count_pairs = o.mode != REPLAN_OFF;
+    return live_plan_create(&o, &backend, c, &c->plan);
+}
+
 static status create_parts(coordinator *c)
 {
     const coordinator_options *o = &c->options;
@@ -405,6 +456,7 @@ static status create_parts(coordinator *c)
     if (o->admin_token_file)
         TRY(read_admin_token(o->admin_token_file, c->admin_token));
     TRY(metrics_create(c->model_names[0], &c->metrics));
+    TRY(create_plan(c));
     TRY(open_journal(c));
     return create_requests(c);
 }
@@ -431,7 +483,12 @@ status coordinator_create(const coordinator_options *options, coordinator **out)
 
 status coordinator_start(coordinator *c)
 {
-    static const job_listener listener = {.state = on_state, .progress = on_progress, .ready = on_ready, .report = on_report};
+    static const job_listener listener = {.state = on_state,
+                                          .progress = on_progress,
+                                          .ready = on_ready,
+                                          .report = on_report,
+                                          .plan = on_plan_wanted,
+                                          .statistics = on_statistics};
     return job_start(&c->options.job, &listener, c, &c->job);
 }
 
@@ -440,6 +497,7 @@ void coordinator_destroy(coordinator *c)
     if (!c)
         return;
     job_stop(c->job);
+    live_plan_destroy(c->plan);
     requests_destroy(c->requests);
     journal_close(c->journal);
     metrics_destroy(c->metrics);
@@ -472,10 +530,21 @@ static void measure_rate(coordinator *c)
     pthread_mutex_unlock(&c->lock);
 }
 
+static void show_plan(void *arg, const live_plan_numbers *n)
+{
+    metric_plan p = {
+        .balance = n->balance, .drift = n->drift, .tokens = n->tokens, .n_ranks = n->n_ranks, .share_of_rank = n->share_of_rank};
+    for (int i = 0; i < N_REPLAN_OUTCOMES; i++)
+        p.attempts[i] = n->outcomes[i];
+    metrics_plan(arg, &p);
+}
+
 void coordinator_tick(coordinator *c)
 {
     requests_tick(c->requests);
     measure_rate(c);
+    live_plan_tick(c->plan);
+    live_plan_look(c->plan, show_plan, c->metrics);
     const char *trouble = journal_trouble(c->journal);
     if (*trouble)
         log_line("%s", trouble);
@@ -693,6 +762,16 @@ bool coordinator_is_paused(coordinator *c)
     bool paused = c->paused;
     pthread_mutex_unlock(&c->lock);
     return paused;
+}
+
+status coordinator_replan(coordinator *c, plan_take take)
+{
+    return live_plan_ask(c->plan, take);
+}
+
+void coordinator_describe_plan(coordinator *c, bytes_writer *out)
+{
+    live_plan_describe(c->plan, out);
 }
 
 void coordinator_shutdown(coordinator *c)

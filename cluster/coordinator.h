@@ -8,8 +8,10 @@
 #ifndef CONVOKE_CLUSTER_COORDINATOR_H
 #define CONVOKE_CLUSTER_COORDINATOR_H
 
+#include "cluster/replan_policy.h"
 #include "cluster/requests.h"
 #include "cluster/tokenizer.h"
+#include "proto/bytes.h"
 
 typedef struct coordinator coordinator;
 
@@ -67,6 +69,11 @@ bool coordinator_admin_ok(coordinator *c, const char *peer, const char *token); 
 status coordinator_pause(coordinator *c, pause_mode mode, bool clear_cache);
 status coordinator_resume(coordinator *c);
 bool coordinator_is_paused(coordinator *c);
+/* A new plan now, whatever balance and drift say. It is put in force (replan_policy.h) BY_MODE (--replan apply, if it pays),
+ * IF_IT_PAYS also where it would only be suggested, or ALWAYS. STATUS_UNSUPPORTED, STATUS_STOPPED: no, and why. */
+status coordinator_replan(coordinator *c, plan_take take);
+/* The plan in force, how it does, how the last attempt at a better one went: JSON, one line. */
+void coordinator_describe_plan(coordinator *c, bytes_writer *out);
 /* Begins to drain, as SIGTERM does; returns at once. */
 void coordinator_shutdown(coordinator *c);
 

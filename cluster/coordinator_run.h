@@ -4,10 +4,12 @@
 
 #include "cluster/coordinator.h"
 #include "cluster/job.h"
+#include "cluster/live_plan.h"
 #include "cluster/metrics.h"
 
 typedef struct {
     job_options job;
+    live_plan_options plan;   /* its model and given plan are the job's */
     const char *served_name;  /* NULL: the model folder's name */
     const char *journal_path; /* NULL: in memory */
     int journal_commit_ms;

@@ -17,6 +17,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -36,12 +37,20 @@ struct door_http {
 
 typedef struct {
     int code;
-    const char *type;  /* of the body */
-    const char *allow; /* 405: the methods that would do; NULL else */
+    const char *type; /* of the body */
+    char allow[64];   /* 405: the methods that would do; "" else */
     bytes_writer body;
 } http_reply;
 
-typedef void http_handler(door_http *d, http_reply *reply);
+/* Who asks, and what beside the path. */
+typedef struct {
+    const char *peer;  /* as gRPC says it: "ipv4:127.0.0.1:4711" */
+    const char *token; /* of `Authorization: Bearer`; NULL: none */
+    bool from_page;    /* a browser sent it for some page */
+    plan_take take;    /* ?take=yes, ?take=always */
+} http_ask;
+
+typedef void http_handler(door_http *d, const http_ask *ask, http_reply *reply);
 
 /* ---- JSON of a few words ---- */
 
@@ -88,8 +97,9 @@ static void fail_reply(http_reply *reply, int code, const char *type, const char
 
 /* ---- the routes ---- */
 
-static void answer_health(door_http *d, http_reply *reply)
+static void answer_health(door_http *d, const http_ask *ask, http_reply *reply)
 {
+    (void)ask;
     static const char *const words[] = {
         [SERVING_STARTING] = "starting", [SERVING_READY] = "ready",       [SERVING_RESTARTING] = "restarting",
         [SERVING_DRAINING] = "draining", [SERVING_GIVEN_UP] = "given_up", [SERVING_STOPPED] = "stopped",
@@ -103,11 +113,40 @@ static void answer_health(door_http *d, http_reply *reply)
     put(&reply->body, "}\n");
 }
 
-static void answer_metrics(door_http *d, http_reply *reply)
+static void answer_metrics(door_http *d, const http_ask *ask, http_reply *reply)
 {
+    (void)ask;
     reply->code = MHD_HTTP_OK;
     reply->type = "text/plain; version=0.0.4; charset=utf-8";
     metrics_render(d->metrics, &reply->body);
+}
+
+static void answer_plan(door_http *d, const http_ask *ask, http_reply *reply)
+{
+    (void)ask;
+    reply->code = MHD_HTTP_OK;
+    reply->type = "application/json";
+    coordinator_describe_plan(d->coordinator, &reply->body);
+}
+
+/* An admin's word, as Pause and Shutdown are over gRPC. A page in somebody's browser on this machine comes from loopback too, but
+ * says where it is from. */
+static void answer_replan(door_http *d, const http_ask *ask, http_reply *reply)
+{
+    if (ask->from_page || !coordinator_admin_ok(d->coordinator, ask->peer, ask->token)) {
+        fail_reply(reply, MHD_HTTP_FORBIDDEN, "permission_error", "not_allowed",
+                   "only an admin may: from loopback, or with Authorization: Bearer TOKEN");
+        return;
+    }
+    status st = coordinator_replan(d->coordinator, ask->take);
+    if (st == STATUS_OK) {
+        reply->code = MHD_HTTP_ACCEPTED;
+        reply->type = "application/json";
+        put(&reply->body, "{\"status\":\"planning\"}\n");
+    } else {
+        fail_reply(reply, MHD_HTTP_CONFLICT, "conflict_error", st == STATUS_UNSUPPORTED ? "off" : "not_now", "%s",
+                   status_message());
+    }
 }
 
 static const struct {
@@ -117,27 +156,32 @@ static const struct {
     /* a GET answers HEAD as well */
     {"GET", "/health", answer_health},
     {"GET", "/metrics", answer_metrics},
+    {"GET", "/plan", answer_plan},
+    {"POST", "/plan", answer_replan},
 };
 enum { N_ROUTES = sizeof routes / sizeof routes[0] };
 
-static void find_answer(door_http *d, const char *method, const char *path, http_reply *reply)
+static void find_answer(door_http *d, const char *method, const char *path, const http_ask *ask, http_reply *reply)
 {
-    const char *asked = strcmp(method, "HEAD") == 0 ? "GET" : method, *other = NULL;
+    const char *asked = strcmp(method, "HEAD") == 0 ? "GET" : method;
+    char allowed[64] = "";
     for (int i = 0; i < N_ROUTES; i++) {
         if (strcmp(routes[i].path, path) != 0)
             continue;
         if (strcmp(routes[i].method, asked) == 0) {
-            routes[i].answer(d, reply);
+            routes[i].answer(d, ask, reply);
             return;
         }
-        other = strcmp(routes[i].method, "GET") == 0 ? "GET, HEAD" : routes[i].method;
+        size_t n = strlen(allowed);
+        snprintf(allowed + n, sizeof allowed - n, "%s%s", n ? ", " : "",
+                 strcmp(routes[i].method, "GET") == 0 ? "GET, HEAD" : routes[i].method);
     }
-    if (other)
+    if (*allowed)
         fail_reply(reply, MHD_HTTP_METHOD_NOT_ALLOWED, "invalid_request_error", "method_not_allowed",
-                   "%.20s is not allowed for %.200s, only %s", method, path, other);
+                   "%.20s is not allowed for %.200s, only %s", method, path, allowed);
     else
         fail_reply(reply, MHD_HTTP_NOT_FOUND, "invalid_request_error", "not_found", "there is no %.200s here", path);
-    reply->allow = other;
+    snprintf(reply->allow, sizeof reply->allow, "%s", allowed);
 }
 
 /* ---- libmicrohttpd's side ---- */
@@ -152,7 +196,7 @@ static enum MHD_Result queue_reply(struct MHD_Connection *connection, http_reply
     }
     MHD_add_response_header(response, MHD_HTTP_HEADER_CONTENT_TYPE, reply->type);
     MHD_add_response_header(response, MHD_HTTP_HEADER_CACHE_CONTROL, "no-store");
-    if (reply->allow)
+    if (*reply->allow)
         MHD_add_response_header(response, MHD_HTTP_HEADER_ALLOW, reply->allow);
     enum MHD_Result queued = MHD_queue_response(connection, (unsigned)reply->code, response);
     MHD_destroy_response(response);
@@ -164,6 +208,26 @@ static bool has_body(struct MHD_Connection *connection)
     const char *length = MHD_lookup_connection_value(connection, MHD_HEADER_KIND, MHD_HTTP_HEADER_CONTENT_LENGTH);
     return (length && strcmp(length, "0") != 0) ||
            MHD_lookup_connection_value(connection, MHD_HEADER_KIND, MHD_HTTP_HEADER_TRANSFER_ENCODING);
+}
+
+static http_ask read_ask(struct MHD_Connection *connection, char *peer, size_t size)
+{
+    const union MHD_ConnectionInfo *info = MHD_get_connection_info(connection, MHD_CONNECTION_INFO_CLIENT_ADDRESS);
+    const struct sockaddr *address = info ? info->client_addr : NULL;
+    char host[64] = "";
+    *peer = '\0';
+    if (address && getnameinfo(address, address->sa_family == AF_INET6 ? sizeof(struct sockaddr_in6) : sizeof(struct sockaddr_in),
+                               host, sizeof host, NULL, 0, NI_NUMERICHOST) == 0)
+        snprintf(peer, size, address->sa_family == AF_INET6 ? "ipv6:[%s]:0" : "ipv4:%s:0", host);
+    const char *said = MHD_lookup_connection_value(connection, MHD_HEADER_KIND, MHD_HTTP_HEADER_AUTHORIZATION);
+    const char *take = MHD_lookup_connection_value(connection, MHD_GET_ARGUMENT_KIND, "take");
+    return (http_ask){.peer = peer,
+                      .token = said && strncasecmp(said, "Bearer ", 7) == 0 ? said + 7 : NULL,
+                      .from_page = MHD_lookup_connection_value(connection, MHD_HEADER_KIND, "Origin") != NULL,
+                      .take = !take                         ? TAKE_BY_MODE
+                              : strcmp(take, "always") == 0 ? TAKE_ALWAYS
+                              : strcmp(take, "yes") == 0    ? TAKE_IF_IT_PAYS
+                                                            : TAKE_BY_MODE};
 }
 
 /* Called with the headers, and again at the end of the request. No route reads a body yet: whoever sends one is answered at the
@@ -178,7 +242,9 @@ static enum MHD_Result take_request(void *arg, struct MHD_Connection *connection
         return MHD_YES;
     }
     http_reply reply = {.code = MHD_HTTP_INTERNAL_SERVER_ERROR, .type = "application/json"};
-    find_answer(arg, method, path, &reply);
+    char peer[80];
+    http_ask ask = read_ask(connection, peer, sizeof peer);
+    find_answer(arg, method, path, &ask, &reply);
     if (reply.body.failed) {
         bytes_clear(&reply.body);
         return MHD_NO; /* no memory: the connection is closed */

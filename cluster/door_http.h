@@ -1,4 +1,4 @@
-/* door_http.h - the HTTP listener (libmicrohttpd): /health, /metrics, and room for more routes in one table. */
+/* door_http.h - the HTTP listener (libmicrohttpd): /health, /metrics, /plan, and room for more routes in one table. */
 #ifndef CONVOKE_CLUSTER_DOOR_HTTP_H
 #define CONVOKE_CLUSTER_DOOR_HTTP_H
 

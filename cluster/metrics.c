@@ -88,6 +88,10 @@ struct metrics {
     double *lateness_of_rank, *load;
     int *layers;
     int room_ranks, room_layers;
+    bool has_plan;
+    metric_plan plan;
+    double *share_of_rank;
+    int room_shares;
 };
 
 /* ---- made ---- */
@@ -137,7 +141,6 @@ status metrics_create(const char *model_name, metrics **out)
         free(m);
         return status_fail(STATUS_NO_MEMORY, "no memory for metrics");
     }
-    m->workers.plan_drift = -1;
     pthread_mutex_init(&m->lock, NULL);
     *out = m;
     return STATUS_OK;
@@ -152,6 +155,7 @@ void metrics_destroy(metrics *m)
     free(m->lateness_of_rank);
     free(m->load);
     free(m->layers);
+    free(m->share_of_rank);
     free(m->label);
     free(m);
 }
@@ -274,6 +278,22 @@ void metrics_workers(metrics *m, const metric_workers *w)
     pthread_mutex_unlock(&m->lock);
 }
 
+void metrics_plan(metrics *m, const metric_plan *p)
+{
+    pthread_mutex_lock(&m->lock);
+    m->plan = *p;
+    m->plan.n_ranks = 0;
+    m->has_plan = true;
+    if (p->n_ranks > m->room_shares && make_room(&m->share_of_rank, sizeof *m->share_of_rank, p->n_ranks))
+        m->room_shares = p->n_ranks;
+    if (p->n_ranks <= m->room_shares) {
+        m->plan.n_ranks = p->n_ranks;
+        for (int i = 0; i < p->n_ranks; i++)
+            m->share_of_rank[i] = p->share_of_rank[i];
+    }
+    pthread_mutex_unlock(&m->lock);
+}
+
 /* ---- shown ---- */
 
 static void put(bytes_writer *out, const char *format, ...) __attribute__((format(printf, 2, 3)));
@@ -382,6 +402,31 @@ static void put_ranks(bytes_writer *out, const metrics *m)
         put(out, "convoke_rank_lateness_seconds{rank=\"%d\"} %s\n", i, number(m->lateness_of_rank[i]).text);
 }
 
+static void put_plan(bytes_writer *out, const metrics *m)
+{
+    static const char *const ends[N_METRIC_ATTEMPTS] = {"live", "suggested", "useless", "failed"};
+    const metric_plan *p = &m->plan;
+    if (p->drift >= 0) {
+        put_head(out, "convoke_plan_drift", "gauge",
+                 "How far the traffic has moved from what the plan was made for; 0: not at all.");
+        put(out, "convoke_plan_drift %s\n", number(p->drift).text);
+    }
+    if (p->balance >= 0) {
+        put_head(out, "convoke_plan_balance", "gauge",
+                 "Busiest rank over the mean of all under the plan in force, mean over layers.");
+        put(out, "convoke_plan_balance %s\n", number(p->balance).text);
+    }
+    put_head(out, "convoke_plan_counted_tokens", "gauge", "Tokens of late that drift and balance are counted over.");
+    put(out, "convoke_plan_counted_tokens %llu\n", (unsigned long long)p->tokens);
+    if (p->n_ranks > 0)
+        put_head(out, "convoke_plan_rank_share", "gauge", "Share of these tokens' rows that the plan gives to a rank.");
+    for (int i = 0; i < p->n_ranks; i++)
+        put(out, "convoke_plan_rank_share{rank=\"%d\"} %s\n", i, number(m->share_of_rank[i]).text);
+    put_head(out, "convoke_replan_attempts_total", "counter", "Attempts at a better plan, by how they ended.");
+    for (int i = 0; i < N_METRIC_ATTEMPTS; i++)
+        put(out, "convoke_replan_attempts_total{end=\"%s\"} %llu\n", ends[i], (unsigned long long)p->attempts[i]);
+}
+
 static void put_workers(bytes_writer *out, const metrics *m)
 {
     static const char *const classes[] = {"same_rank", "same_node", "cross_node"};
@@ -398,10 +443,8 @@ static void put_workers(bytes_writer *out, const metrics *m)
     put(out, "convoke_plan_epoch %llu\n", (unsigned long long)w->plan_epoch);
     put_head(out, "convoke_launches_total", "counter", "Times the workers were started.");
     put(out, "convoke_launches_total %llu\n", (unsigned long long)w->launches);
-    if (w->plan_drift >= 0) {
-        put_head(out, "convoke_plan_drift", "gauge", "How far the traffic has moved from what the plan was made for.");
-        put(out, "convoke_plan_drift %s\n", number(w->plan_drift).text);
-    }
+    if (m->has_plan)
+        put_plan(out, m);
 }
 
 void metrics_render(metrics *m, bytes_writer *out)

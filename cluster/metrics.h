@@ -42,9 +42,19 @@ typedef struct {
     const int *layer_numbers;
     int n_layers;
     uint64_t plan_epoch, launches;
-    double plan_drift; /* negative: unknown, not shown */
 } metric_workers;
 void metrics_workers(metrics *m, const metric_workers *w);
+
+/* How the plan in force does on the traffic of late. Before the first call nothing of it is shown. */
+enum { N_METRIC_ATTEMPTS = 4 };
+typedef struct {
+    double balance, drift;                /* negative: unknown, not shown */
+    uint64_t tokens;                      /* that they were counted over */
+    uint64_t attempts[N_METRIC_ATTEMPTS]; /* at a new plan: live, suggested, useless, failed */
+    const double *share_of_rank;          /* [n_ranks] of the rows, as the plan places them; copied */
+    int n_ranks;
+} metric_plan;
+void metrics_plan(metrics *m, const metric_plan *p);
 
 /* Text exposition format 0.0.4 appended to `out` (out->failed: no memory). */
 void metrics_render(metrics *m, bytes_writer *out);

@@ -20,13 +20,17 @@ typedef struct {
     const char *model, *plan, *served_name, *hostfile, *grpc, *http, *journal, *admin_token_file, *control, *secret_file;
     const char *tls_cert, *tls_key, *tls_client_ca, *mpirun, *mpirun_args, *worker;
     int64_t ranks, threads, max_batch, max_length, kv_bytes, queue, max_n, max_message, max_streams, reader_bytes;
-    int64_t journal_commit_ms, max_failures;
+    int64_t journal_commit_ms, max_failures, statistics_tokens, plan_threads, extra_slots, replan_rate;
+    const char *plan_dir, *planner, *topology;
+    double statistics_seconds, plan_seconds, replan_balance, replan_drift, replan_pause, replan_payback;
+    int replan, replicas, owners;
     double step_ms, hang_seconds, load_seconds, failure_minutes, drain_seconds, reader_seconds, remember_seconds;
     int combine, rows, weights;
     bool wait_for_workers, prefix_cache, log_requests;
 } serve_options;
 
-static const char combines[] = "exact|fixed|fast", rows_formats[] = "fp32|bf16", weights_modes[] = "map|copy";
+static const char combines[] = "exact|fixed|fast", rows_formats[] = "fp32|bf16", weights_modes[] = "map|copy",
+                  replica_choices[] = "owner-first|round-robin|step", owner_rules[] = "spread|affinity";
 
 static status parse(int argc, char **argv, serve_options *o, options_wish *wish)
 {
@@ -38,7 +42,39 @@ static status parse(int argc, char **argv, serve_options *o, options_wish *wish)
         {"ranks", OPTION_INT, &o->ranks, .argument = "N", .environment = "CONVOKE_RANKS", .fallback = "1", .min = 1, .max = 4096,
          .help = "workers, started by mpirun"},
         {"hostfile", OPTION_STRING, &o->hostfile, .argument = "FILE", .help = "machines to start them on (Open MPI's form)"},
-        {"plan", OPTION_STRING, &o->plan, .argument = "PLAN.json", .help = "which ranks hold which expert (default: contiguous)"},
+        {"plan", OPTION_STRING, &o->plan, .argument = "PLAN.json|auto",
+         .help = "which ranks hold which expert; auto: as kept from the last run (default: contiguous)"},
+        {"plan-dir", OPTION_STRING, &o->plan_dir, .argument = "DIR", .environment = "CONVOKE_PLAN_DIR",
+         .help = "where plans are kept (default: convoke/plans in $XDG_STATE_HOME or ~/.local/state)"},
+        {"replan", OPTION_CHOICE, &o->replan, .choices = "off|suggest|apply", .fallback = "off",
+         .help = "plan anew when balance or drift say so, and say what it would bring, or do it while serving"},
+        {"replicas", OPTION_CHOICE, &o->replicas, .choices = replica_choices, .fallback = "owner-first",
+         .help = "which copy of an expert computes a row; step: by the step's load"},
+        {"owners", OPTION_CHOICE, &o->owners, .choices = owner_rules, .fallback = "spread",
+         .help = "where sequences live; affinity: near their experts, after their first prompt tokens"},
+        {"topology", OPTION_STRING, &o->topology, .argument = "TOPOLOGY.json",
+         .help = "what computing and sending cost (convoke-plan probe), for plans, replicas and owners"},
+        {"statistics-seconds", OPTION_DOUBLE, &o->statistics_seconds, .argument = "S", .fallback = "10", .max = 86400,
+         .help = "how often workers are asked what experts were chosen (0: never)"},
+        {"statistics-tokens", OPTION_INT, &o->statistics_tokens, .argument = "N", .fallback = "262144", .min = 64, .max = 1e15,
+         .help = "what is remembered of it: at most so many tokens, the latest"},
+        {"planner", OPTION_STRING, &o->planner, .argument = "PROGRAM", .help = "default: convoke-plan beside this program"},
+        {"plan-seconds", OPTION_DOUBLE, &o->plan_seconds, .argument = "S", .fallback = "20", .min = 0.1, .max = 86400,
+         .help = "time for a new plan; a planner that is late is killed"},
+        {"plan-threads", OPTION_INT, &o->plan_threads, .argument = "T", .fallback = "1", .min = 1, .max = 1024,
+         .help = "threads of the planner, which runs niced"},
+        {"extra-slots", OPTION_INT, &o->extra_slots, .argument = "N", .fallback = "0", .max = 4096,
+         .help = "replicas per worker and layer that a new plan may use"},
+        {"replan-balance", OPTION_DOUBLE, &o->replan_balance, .argument = "X", .fallback = "1.1", .min = 1, .max = 1e6,
+         .help = "plan when the busiest worker computes more than so many times the mean ..."},
+        {"replan-drift", OPTION_DOUBLE, &o->replan_drift, .argument = "X", .fallback = "0.1", .max = 1,
+         .help = "... or traffic has moved by more than this (1 - cosine) from the plan's"},
+        {"replan-pause", OPTION_DOUBLE, &o->replan_pause, .argument = "S", .fallback = "60", .max = 86400,
+         .help = "between two plans; doubled, up to an hour, after each that came to nothing"},
+        {"replan-payback", OPTION_DOUBLE, &o->replan_payback, .argument = "S", .fallback = "600", .max = 1e9,
+         .help = "a plan whose move takes longer to pay at the present traffic is not used"},
+        {"replan-rate", OPTION_SIZE, &o->replan_rate, .argument = "SIZE", .fallback = "256M",
+         .help = "a worker loads experts for a new plan no faster than this, per second (0: it chooses)"},
         {"grpc", OPTION_STRING, &o->grpc, .argument = "HOST:PORT", .environment = "CONVOKE_GRPC", .fallback = "127.0.0.1:50051",
          .help = "where gRPC clients are answered (port 0: a free one)"},
         {"http", OPTION_STRING, &o->http, .argument = "HOST:PORT", .environment = "CONVOKE_HTTP",
@@ -126,6 +162,8 @@ static status check(const serve_options *o)
         return status_fail(STATUS_USAGE, "--tls-cert and --tls-key belong together");
     if (o->tls_client_ca && !o->tls_cert)
         return status_fail(STATUS_USAGE, "--tls-client-ca needs --tls-cert and --tls-key");
+    if (o->replan && o->statistics_seconds <= 0)
+        return status_fail(STATUS_USAGE, "--replan needs --statistics-seconds above 0: plans are made from what is counted");
     if (o->wait_for_workers && !o->secret_file)
         return status_fail(STATUS_USAGE, "--wait-for-workers needs --secret-file: what the workers must show");
     return STATUS_OK;
@@ -134,17 +172,38 @@ static status check(const serve_options *o)
 /* The word at a place of "a|b|c", in static memory. */
 static const char *choice_word(const char *choices, int place)
 {
-    static char words[3][8];
+    static char words[5][16];
     static int next;
-    char *word = words[next++ % 3];
+    char *word = words[next++ % 5];
     for (; place > 0; place--)
         choices = strchr(choices, '|') + 1;
     snprintf(word, sizeof words[0], "%.*s", (int)strcspn(choices, "|"), choices);
     return word;
 }
 
+static live_plan_options make_plan_options(const serve_options *o)
+{
+    live_plan_options p = {.mode = (replan_mode)o->replan,
+                           .automatic = o->plan && strcmp(o->plan, "auto") == 0,
+                           .dir = o->plan_dir,
+                           .planner = o->planner,
+                           .statistics_seconds = o->statistics_seconds,
+                           .plan_seconds = o->plan_seconds,
+                           .plan_threads = (int)o->plan_threads,
+                           .extra_slots = (int)o->extra_slots,
+                           .window_tokens = (uint64_t)o->statistics_tokens,
+                           .bytes_per_second = (uint64_t)o->replan_rate,
+                           .limits = replan_usual_limits};
+    p.limits.max_balance = o->replan_balance;
+    p.limits.max_drift = o->replan_drift;
+    p.limits.pause_seconds = o->replan_pause;
+    p.limits.payback_seconds = o->replan_payback;
+    return p;
+}
+
 static coordinator_options make_options(const serve_options *o)
 {
+    bool automatic = o->plan && strcmp(o->plan, "auto") == 0;
     return (coordinator_options){.job = {.n_ranks = (int)o->ranks,
                                          .hostfile = o->hostfile,
                                          .wait_for_workers = o->wait_for_workers,
@@ -154,7 +213,10 @@ static coordinator_options make_options(const serve_options *o)
                                          .listen = o->control,
                                          .secret_file = o->secret_file,
                                          .model_dir = o->model,
-                                         .plan_path = o->plan,
+                                         .plan_path = automatic ? NULL : o->plan,
+                                         .replicas = choice_word(replica_choices, o->replicas),
+                                         .owners = choice_word(owner_rules, o->owners),
+                                         .topology_path = o->topology,
                                          .weights = choice_word(weights_modes, o->weights),
                                          .combine = choice_word(combines, o->combine),
                                          .rows = choice_word(rows_formats, o->rows),
@@ -168,6 +230,7 @@ static coordinator_options make_options(const serve_options *o)
                                          .load_seconds = o->load_seconds,
                                          .max_failures = (int)o->max_failures,
                                          .failure_minutes = o->failure_minutes},
+                                 .plan = make_plan_options(o),
                                  .served_name = o->served_name,
                                  .journal_path = o->journal,
                                  .journal_commit_ms = (int)o->journal_commit_ms,

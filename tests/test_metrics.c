@@ -331,8 +331,7 @@ static void worker_reports_are_copied(void **state)
                         .layer_numbers = layers,
                         .n_layers = 3,
                         .plan_epoch = 12,
-                        .launches = 2,
-                        .plan_drift = -1};
+                        .launches = 2};
     metrics_workers(m, &w);
     w.n_ranks = 5; /* after a restart on more ranks */
     w.n_layers = 2;
