@@ -337,7 +337,7 @@ static status hand_out_by_cost(const problem *p, const double *cost, uint16_t *o
 {
     const traffic *t = p->traffic;
     size_t n = (size_t)t->n_sequences;
-    double *weight = malloc(n * sizeof *weight), *room = malloc((size_t)p->n_ranks * sizeof *room);
+    double *weight = calloc(n, sizeof *weight), *room = calloc((size_t)p->n_ranks, sizeof *room);
     int *place = malloc(n * sizeof *place);
     status st = weight && room && place ? STATUS_OK : status_fail(STATUS_NO_MEMORY, "no memory to hand out %zu sequences", n);
     for (size_t s = 0; st == STATUS_OK && s < n; s++)
