@@ -15,8 +15,10 @@
 #define BLOCK_BYTES  ((size_t)1 << 20)
 #define NO_EXPERT_U8 0xffu
 
-enum { EXPERTS, WEIGHTS, SEQUENCE, POSITION, PHASE, DOMAIN, N_COLUMNS };
-static const char *const column_names[N_COLUMNS] = {"experts", "weights", "sequence", "position", "phase", "domain"};
+/* A trace has the first N_COLUMNS; one with owners has all. */
+enum { EXPERTS, WEIGHTS, SEQUENCE, POSITION, PHASE, DOMAIN, N_COLUMNS, OWNER = N_COLUMNS, STEP, ALL_COLUMNS };
+static const char *const column_names[ALL_COLUMNS] = {"experts", "weights", "sequence", "position",
+                                                      "phase",   "domain",  "owner",    "step"};
 
 /* ---- writing ---- */
 
@@ -25,8 +27,9 @@ struct routing_trace_writer {
     char *path;
     FILE *spool; /* unnamed */
     long long n_rows;
-    tensor_dtype dtypes[N_COLUMNS];
-    size_t bytes[N_COLUMNS], at[N_COLUMNS]; /* of a column in a record */
+    int n_columns;
+    tensor_dtype dtypes[ALL_COLUMNS];
+    size_t bytes[ALL_COLUMNS], at[ALL_COLUMNS]; /* of a column in a record */
     size_t record_bytes, block_rows;
     unsigned char *record, *block, *column; /* one record; a block of them; one column of a block */
 };
@@ -38,9 +41,15 @@ static size_t n_choices(const routing_shape *shape)
 
 static void lay_out(routing_trace_writer *w)
 {
-    const tensor_dtype dtypes[N_COLUMNS] = {
-        w->shape.n_experts <= 255 ? DTYPE_U8 : DTYPE_U16, DTYPE_F32, DTYPE_I32, DTYPE_I32, DTYPE_U8, DTYPE_U16};
-    for (int c = 0; c < N_COLUMNS; c++) {
+    const tensor_dtype dtypes[ALL_COLUMNS] = {w->shape.n_experts <= 255 ? DTYPE_U8 : DTYPE_U16,
+                                              DTYPE_F32,
+                                              DTYPE_I32,
+                                              DTYPE_I32,
+                                              DTYPE_U8,
+                                              DTYPE_U16,
+                                              DTYPE_I32,
+                                              DTYPE_I32};
+    for (int c = 0; c < w->n_columns; c++) {
         w->dtypes[c] = dtypes[c];
         w->bytes[c] = tensor_dtype_size(dtypes[c]) * (c <= WEIGHTS ? n_choices(&w->shape) : 1);
         w->at[c] = w->record_bytes;
@@ -67,7 +76,7 @@ static status open_spool(routing_trace_writer *w)
     return status_fail(STATUS_IO, "%s: cannot be written (%s)", w->path, strerror(errno));
 }
 
-status routing_trace_writer_create(const char *path, const routing_shape *shape, routing_trace_writer **out)
+static status create_writer(const char *path, const routing_shape *shape, int n_columns, routing_trace_writer **out)
 {
     TRY(routing_shape_check(path, shape));
     if (shape->top_k < 1)
@@ -77,6 +86,7 @@ status routing_trace_writer_create(const char *path, const routing_shape *shape,
         return status_fail(STATUS_NO_MEMORY, "%s: no memory to write it", path);
     status st;
     TRY_GOTO(routing_shape_copy(shape, &w->shape), fail);
+    w->n_columns = n_columns;
     lay_out(w);
     w->path = strdup(path);
     w->record = malloc(w->record_bytes);
@@ -92,6 +102,16 @@ status routing_trace_writer_create(const char *path, const routing_shape *shape,
 fail:
     routing_trace_writer_destroy(w);
     return st;
+}
+
+status routing_trace_writer_create(const char *path, const routing_shape *shape, routing_trace_writer **out)
+{
+    return create_writer(path, shape, N_COLUMNS, out);
+}
+
+status routing_trace_writer_create_owned(const char *path, const routing_shape *shape, routing_trace_writer **out)
+{
+    return create_writer(path, shape, ALL_COLUMNS, out);
 }
 
 void routing_trace_writer_destroy(routing_trace_writer *w)
@@ -128,13 +148,17 @@ status routing_trace_writer_add(routing_trace_writer *w, const routing_row *row)
             w->record[w->at[EXPERTS] + i] = (unsigned char)row->experts[i];
     else
         memcpy(w->record + w->at[EXPERTS], row->experts, w->bytes[EXPERTS]);
-    const int32_t sequence = row->sequence, position = row->position;
+    const int32_t sequence = row->sequence, position = row->position, owner = row->owner, step = row->step;
     const uint16_t domain = (uint16_t)row->domain;
     memcpy(w->record + w->at[WEIGHTS], row->weights, w->bytes[WEIGHTS]);
     memcpy(w->record + w->at[SEQUENCE], &sequence, sizeof sequence);
     memcpy(w->record + w->at[POSITION], &position, sizeof position);
     w->record[w->at[PHASE]] = (unsigned char)row->phase;
     memcpy(w->record + w->at[DOMAIN], &domain, sizeof domain);
+    if (w->n_columns == ALL_COLUMNS) {
+        memcpy(w->record + w->at[OWNER], &owner, sizeof owner);
+        memcpy(w->record + w->at[STEP], &step, sizeof step);
+    }
     if (fwrite(w->record, w->record_bytes, 1, w->spool) != 1)
         return status_fail(STATUS_IO, "%s: row %lld cannot be written (%s)", w->path, w->n_rows, strerror(errno));
     w->n_rows++;
@@ -149,7 +173,7 @@ long long routing_trace_writer_rows(const routing_trace_writer *w)
 static status declare_columns(const routing_trace_writer *w, safetensors_writer *to, int *index)
 {
     TRY(routing_shape_write(&w->shape, to));
-    for (int c = 0; c < N_COLUMNS; c++) {
+    for (int c = 0; c < w->n_columns; c++) {
         const int64_t shape[3] = {w->n_rows, w->shape.n_layers, w->shape.top_k};
         TRY(safetensors_writer_declare(to, column_names[c], w->dtypes[c], c <= WEIGHTS ? 3 : 1, shape, &index[c]));
     }
@@ -159,7 +183,7 @@ static status declare_columns(const routing_trace_writer *w, safetensors_writer 
 /* Rows [first, first + n), which lie in w->block, into their columns. */
 static status put_block(const routing_trace_writer *w, safetensors_writer *to, const int *index, size_t first, size_t n)
 {
-    for (int c = 0; c < N_COLUMNS; c++) {
+    for (int c = 0; c < w->n_columns; c++) {
         for (size_t r = 0; r < n; r++)
             memcpy(w->column + r * w->bytes[c], w->block + r * w->record_bytes + w->at[c], w->bytes[c]);
         TRY(safetensors_writer_put(to, index[c], first * w->bytes[c], w->column, n * w->bytes[c]));
@@ -169,7 +193,7 @@ static status put_block(const routing_trace_writer *w, safetensors_writer *to, c
 
 static status write_columns(routing_trace_writer *w, safetensors_writer *to)
 {
-    int index[N_COLUMNS];
+    int index[ALL_COLUMNS];
     TRY(declare_columns(w, to, index));
     if (fflush(w->spool) != 0 || fseeko(w->spool, 0, SEEK_SET) != 0)
         return status_fail(STATUS_IO, "%s: its rows cannot be read back (%s)", w->path, strerror(errno));

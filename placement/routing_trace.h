@@ -4,6 +4,7 @@
  *   experts   u8 (up to 255 experts) or u16 [tokens][layers][k]  by descending weight; 255 or 65535: dropped, weight 0
  *   weights   f32 (the reader also takes f16) [tokens][layers][k]
  *   sequence, position  i32 [tokens];   phase  u8 [tokens];   domain  u16 [tokens]
+ *   owner, step  i32 [tokens]  where it is known: the rank that owned the token when it ran, and in which step (traffic.h)
  *
  * Further tensors of imports and predictors (score_experts, scores, logits, predicted) stand beside them and are found by name.
  */
@@ -18,6 +19,7 @@ typedef struct {
     const uint16_t *experts; /* [n_layers][top_k] by descending weight, ROUTING_NO_EXPERT: dropped */
     const float *weights;    /* [n_layers][top_k] */
     int sequence, position, phase, domain;
+    int owner, step; /* only written where the writer was made for it; not read */
 } routing_row;
 
 /* Rows go to an unnamed file beside the trace, so memory stays the same however long it gets; the trace appears under its name
@@ -25,6 +27,8 @@ typedef struct {
 typedef struct routing_trace_writer routing_trace_writer;
 
 status routing_trace_writer_create(const char *path, const routing_shape *shape, routing_trace_writer **out);
+/* The same with the columns owner and step. Rows of a step and an owner must come in the order in which they ran. */
+status routing_trace_writer_create_owned(const char *path, const routing_shape *shape, routing_trace_writer **out);
 void routing_trace_writer_destroy(routing_trace_writer *writer); /* NULL is fine */
 /* Refuses an expert, phase or domain out of range. Allocates nothing. */
 status routing_trace_writer_add(routing_trace_writer *writer, const routing_row *row);

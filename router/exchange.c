@@ -63,7 +63,11 @@ static status allocate_common(exchange *x)
     TRY(allocate_zeroed(x, rows * sizeof *x->n_parts, &x->n_parts));
     TRY(allocate_zeroed(x, (rows + 1) * sizeof *x->home_first, &x->home_first));
     TRY(allocate_zeroed(x, size * sizeof *x->rows_to_rank, &x->rows_to_rank));
+    TRY(allocate_zeroed(x, size * sizeof *x->rows_sent, &x->rows_sent));
+    TRY(allocate_zeroed(x, size * sizeof *x->rows_relayed, &x->rows_relayed));
     x->stats.rows_to_rank = x->rows_to_rank;
+    x->stats.rows_sent = x->rows_sent;
+    x->stats.rows_relayed = x->rows_relayed;
     return exchange_allocate(x, x->max_results * x->result_bytes, &x->own_results);
 }
 
@@ -117,6 +121,8 @@ void exchange_destroy(exchange *x)
     free(x->home);
     free(x->home_first);
     free(x->rows_to_rank);
+    free(x->rows_sent);
+    free(x->rows_relayed);
     free(x);
 }
 
@@ -151,6 +157,7 @@ static void count_out(exchange *x)
         if (r == x->rank) {
             x->stats.bytes_same_rank += n * x->row_bytes;
         } else if (node[r] == node[x->rank]) {
+            x->rows_sent[r] += n;
             x->stats.bytes_same_node += n * x->row_bytes;
             x->stats.header_bytes += n * sizeof(packet_row) + x->packets[r].n_entries * sizeof(packet_entry);
         } /* between nodes a row is counted once per node, where the message is made */

@@ -42,8 +42,12 @@ typedef struct {
 
 typedef struct {
     const unsigned long long *rows_to_rank; /* [group size] rows asked of each rank since start, own rank included */
-    unsigned long long bytes_same_rank, bytes_same_node,
-        bytes_cross_node; /* row bytes out, dispatch; between nodes once per node */
+    /* Rows on links, dispatch: sent straight from this rank to each other one (of another node: the one that takes them for it);
+     * and those of other nodes that this rank read where another rank of its node had received them, by that rank. [group size]
+     */
+    const unsigned long long *rows_sent, *rows_relayed;
+    /* Their bytes: sent, and for the same node relayed to this rank as well; between nodes once per node. */
+    unsigned long long bytes_same_rank, bytes_same_node, bytes_cross_node;
     /* Result bytes sent home, combine, counted by the sender (between nodes by the one rank that sums); without spills. */
     unsigned long long return_bytes_same_node, return_bytes_cross_node;
     unsigned long long header_bytes;                        /* packets and counts */

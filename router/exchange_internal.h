@@ -53,7 +53,7 @@ struct exchange {
     uint32_t *home_first; /* [max_rows + 1] */
 
     exchange_stats stats;
-    unsigned long long *rows_to_rank;
+    unsigned long long *rows_to_rank, *rows_sent, *rows_relayed;
     size_t buffer_bytes;
 };
 

@@ -455,6 +455,7 @@ static status send_to_node(exchange *x, int i)
     size_t bytes = n ? rows_at + n * x->row_bytes : sizeof *head;
     x->stats.header_bytes += n ? rows_at : sizeof *head;
     x->stats.bytes_cross_node += n * x->row_bytes;
+    x->rows_sent[f->gateway] += n;
     f->n_spills = 0;
     f->results_bytes = n ? RESULTS_AT + expected_results(x, f, n) * x->result_bytes : 0;
     if (n)
@@ -496,6 +497,10 @@ static status read_relayed(exchange *x, int source)
                             .entries = entries + mine->first_entry,
                             .n_rows = mine->n_rows,
                             .n_entries = mine->n_entries};
+    if (m->gateway_local[source] != x->g->local) {
+        x->rows_relayed[m->near.peers->ranks[m->gateway_local[source]]] += mine->n_rows;
+        x->stats.bytes_same_node += mine->n_rows * x->row_bytes;
+    }
     from->rows = message + head->rows_at;
     from->row_bytes = x->row_bytes;
     return STATUS_OK;

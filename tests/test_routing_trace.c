@@ -150,11 +150,11 @@ static void wrong_rows_are_refused(void **state)
     routing_trace_writer *w;
     const uint16_t good[4] = {1, 2, 3, ROUTING_NO_EXPERT}, bad[4] = {1, 2, 3, 8};
     const float weights[4] = {1, 0.5f, 1, 0};
-    const routing_row rows[] = {{good, weights, 0, 0, 2, 0},
-                                {good, weights, 0, 0, -1, 0},
-                                {good, weights, 0, 0, 0, 2},
-                                {bad, weights, 0, 0, 0, 0},
-                                {good, weights, 4, 5, 1, 1}};
+    const routing_row rows[] = {{good, weights, 0, 0, 2, 0, 0, 0},
+                                {good, weights, 0, 0, -1, 0, 0, 0},
+                                {good, weights, 0, 0, 0, 2, 0, 0},
+                                {bad, weights, 0, 0, 0, 0, 0, 0},
+                                {good, weights, 4, 5, 1, 1, 0, 0}};
     assert_int_equal(routing_trace_writer_create(trace_path(), &shape, &w), STATUS_OK);
     for (int i = 0; i < 5; i++)
         assert_int_equal(routing_trace_writer_add(w, &rows[i]), i < 4 ? STATUS_BAD_INPUT : STATUS_OK);

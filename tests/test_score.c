@@ -3,7 +3,9 @@
 #include "tests/support.h"
 #include "tests/support_plan.h"
 
+#include "placement/replay.h"
 #include "placement/routing_stats.h"
+#include "proto/json.h"
 #include "proto/safetensors.h"
 #include "worker/model_config.h"
 
@@ -413,9 +415,115 @@ static int remove_scratch(void **state)
     return 0;
 }
 
+/* ---- what the replay counts is what was sent ---- */
+
+/* Lines of many lengths, so that places are free at different times. */
+static void write_mixed_lines(void)
+{
+    FILE *out = fopen(in_scratch("mixed.jsonl"), "w");
+    uint64_t seed = 5;
+    assert_non_null(out);
+    for (int i = 0; i < 14; i++) {
+        fprintf(out, "{\"domain\": \"%s\", \"token_ids\": [%d", i % 3 ? "math" : "law", support_below(&seed, 512));
+        for (int n = support_below(&seed, 45); n > 0; n--)
+            fprintf(out, ", %d", support_below(&seed, 512));
+        fputs("]}\n", out);
+    }
+    fclose(out);
+}
+
+static topology topology_of(int ranks, int per_node)
+{
+    topology t = {0};
+    assert_int_equal(topology_uniform(ranks, 1, &t), STATUS_OK);
+    for (int r = 0; per_node > 0 && r < ranks; r++) {
+        t.node_of_rank[r] = r / per_node;
+        t.local_index[r] = r % per_node;
+        t.n_nodes = r / per_node + 1;
+    }
+    return t;
+}
+
+static replay_result replay_trace(const plan *p, const topology *topo, replica_rule replicas)
+{
+    routing_trace *trace;
+    traffic t = {0};
+    replay_result r = {0};
+    const traffic_part all = {.phase = TRAFFIC_ALL};
+    replay_options o = {.owners = OWNER_RECORDED, .replicas = replicas, .node_dedupe = true, .threads = 1};
+    if (routing_trace_open(in_scratch("trace"), &trace) != STATUS_OK || traffic_load(trace, &all, &t) != STATUS_OK ||
+        replay_run(&t, p, topo, &o, &r) != STATUS_OK)
+        fail_msg("%s", status_message());
+    traffic_clear(&t);
+    routing_trace_close(trace);
+    return r;
+}
+
+static double number_of(const cJSON *tree, const char *key)
+{
+    const cJSON *item = cJSON_GetObjectItem(tree, key);
+    assert_true(cJSON_IsNumber(item));
+    return item->valuedouble;
+}
+
+static void assert_links(const topology *t, const replay_result *want)
+{
+    cJSON *tree;
+    const char *text = read_text("stdout");
+    uint64_t same = 0, cross = 0;
+    assert_int_equal(json_parse("stdout", text, strlen(text), &tree), STATUS_OK);
+    const cJSON *links = cJSON_GetObjectItem(tree, "link_rows");
+    for (int from = 0; from < t->n_ranks; from++)
+        for (int to = 0; to < t->n_ranks; to++) {
+            uint64_t got = (uint64_t)cJSON_GetArrayItem(cJSON_GetArrayItem(links, from), to)->valuedouble;
+            uint64_t rows = want->link_rows[(size_t)from * (size_t)t->n_ranks + (size_t)to];
+            if (got != rows)
+                fail_msg("rank %d to %d: %llu rows sent, %llu replayed", from, to, (unsigned long long)got,
+                         (unsigned long long)rows);
+            same += topology_link(t, from, to) == LINK_SAME_NODE ? rows : 0;
+            cross += topology_link(t, from, to) == LINK_CROSS_NODE ? rows : 0;
+        }
+    double row_bytes = number_of(tree, "row_bytes");
+    assert_true(number_of(tree, "row_bytes_same_node") == (double)same * row_bytes);
+    assert_true(number_of(tree, "row_bytes_cross_node") == (double)cross * row_bytes);
+    assert_true(same + cross > 0 && number_of(tree, "header_bytes") > 0);
+    cJSON_Delete(tree);
+}
+
+static void assert_replayed(int ranks, int per_node, int kind, const char *replicas, replica_rule rule)
+{
+    char arguments[4096];
+    plan p = {0};
+    const char *path = in_scratch("replayed.plan");
+    topology t = topology_of(ranks, per_node);
+    write_plan("qwen3_moe", ranks, kind, (uint64_t)(ranks * 10 + kind), path);
+    snprintf(arguments, sizeof arguments,
+             "--model %s --input %s --plan %s --replicas %s --greedy 9 --batch 5 --chunk 13 --threads 1 --ranks-per-node %d "
+             "--routing %s --json",
+             support_data("qwen3_moe"), in_scratch("mixed.jsonl"), path, replicas, per_node, in_scratch("trace"));
+    score_or_fail(ranks, arguments);
+    assert_int_equal(plan_read(path, NULL, &p), STATUS_OK);
+    replay_result r = replay_trace(&p, &t, rule);
+    assert_links(&t, &r);
+    replay_result_clear(&r);
+    plan_clear(&p);
+    topology_clear(&t);
+}
+
+static void replay_counts_what_was_sent(void **state)
+{
+    (void)state;
+    static const int layouts[][2] = {{2, 0}, {4, 0}, {3, 2}, {4, 2}};
+    write_mixed_lines();
+    for (size_t i = 0; i < sizeof layouts / sizeof *layouts; i++)
+        for (int kind = 0; kind < 4; kind += kind ? 1 : 2)
+            assert_replayed(layouts[i][0], layouts[i][1], kind, "owner-first", REPLICAS_BY_SHARE);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        {"rows on every link are those that the replay counts, exactly", replay_counts_what_was_sent, NULL, NULL, NULL},
         {"mixtral: 1 to 4 ranks, every plan, exact and fixed: the same bits", mixtral_is_the_same, NULL, NULL, NULL},
         {"olmoe: 1 to 4 ranks, every plan, exact and fixed: the same bits", olmoe_is_the_same, NULL, NULL, NULL},
         {"qwen2_moe: 1 to 4 ranks, every plan, exact and fixed: the same bits", qwen2_is_the_same, NULL, NULL, NULL},

@@ -70,8 +70,8 @@ typedef enum {
 typedef struct {
     uint64_t id;
     engine_event_kind kind;
+    int owner; /* STARTED, ROWS */
     /* STARTED */
-    int owner;
     int n_cached; /* tokens of the prompt found in the prefix cache (after a preemption: of all tokens so far) */
     /* TOKEN */
     int32_t token;
@@ -90,6 +90,7 @@ typedef struct {
     const token_logprob *logprobs; /* PROMPT [n_rows] */
     /* ROWS */
     bool decode;             /* the row's token was generated, not given */
+    long long step;          /* in which they ran, from 0; rows of a step and owner come in the order in which they ran */
     int n_scored;            /* prompt tokens scored by these rows */
     double sum_logprob;      /* of them */
     const float *logits;     /* [n_rows][vocab]; NULL unless wanted */

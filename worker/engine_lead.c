@@ -342,6 +342,8 @@ static status read_report(engine *e, int rank)
         engine_event event;
         bool is_void;
         TRY(wire_get_event(&r, e->choices_per_row, (size_t)e->parts.config->vocab, &event, &is_void));
+        event.owner = event.kind == ENGINE_EVENT_ROWS ? rank : event.owner;
+        event.step = (long long)e->times.steps - 1;
         if (!is_void)
             take_event(e, &event);
     }

@@ -161,7 +161,7 @@ static status open_trace(score *s)
                            .layer_numbers = p->layer_numbers,
                            .n_domains = s->n_domains,
                            .domains = s->domains};
-    return routing_trace_writer_create(s->options->routing_path, &shape, &s->trace);
+    return routing_trace_writer_create_owned(s->options->routing_path, &shape, &s->trace);
 }
 
 static status open_outputs(score *s)
@@ -236,7 +236,9 @@ static status take_rows(score *s, int line, const engine_event *event)
                                                               .sequence = line,
                                                               .position = event->first_position + (int)r,
                                                               .phase = event->decode ? PHASE_DECODE : PHASE_PREFILL,
-                                                              .domain = line_domain(s, line)}));
+                                                              .domain = line_domain(s, line),
+                                                              .owner = event->owner,
+                                                              .step = (int)event->step}));
     return STATUS_OK;
 }
 
@@ -331,6 +333,14 @@ static status run_steps(score *s)
 /* ---- afterwards
  * ----------------------------------------------------------------------------------------------------------------- */
 
+/* Rows this rank sent straight to each other rank, and behind them rows it got from each other rank of its node that had received
+ * them from another node. */
+static void copy_links(const exchange_stats *x, size_t n, unsigned long long *out)
+{
+    memcpy(out, x->rows_sent, n * sizeof *out);
+    memcpy(out + n, x->rows_relayed, n * sizeof *out);
+}
+
 static void describe_rank(const score *s, score_rank *out)
 {
     model *m = engine_model(runtime_engine(s->runtime));
@@ -374,26 +384,42 @@ static status create_total(score *s)
                                 &s->routing);
 }
 
+static void add_links(const char *from, size_t n, size_t rank, unsigned long long *links)
+{
+    unsigned long long rows;
+    for (size_t r = 0; r < n; r++) {
+        memcpy(&rows, from + r * sizeof rows, sizeof rows);
+        links[rank * n + r] += rows;
+        memcpy(&rows, from + (n + r) * sizeof rows, sizeof rows);
+        links[r * n + rank] += rows;
+    }
+}
+
 /* Every rank's account to rank 0, which prints. */
 static status summarise(score *s)
 {
     int n = group_size(s->group), layers = runtime_config(s->runtime)->n_moe_layers;
-    size_t load_bytes = (size_t)layers * sizeof(unsigned long long);
-    unsigned char *mine = calloc(1, sizeof(score_rank) + load_bytes);
+    size_t load_bytes = (size_t)layers * sizeof(unsigned long long), link_bytes = 2 * (size_t)n * sizeof(unsigned long long);
+    unsigned char *mine = calloc(1, sizeof(score_rank) + load_bytes + link_bytes);
+    unsigned long long *links = calloc((size_t)n * (size_t)n, sizeof *links);
     score_rank *ranks = calloc((size_t)n, sizeof *ranks);
     unsigned long long *load = calloc((size_t)n * (size_t)layers + 1, sizeof *load);
     const void **parts = calloc((size_t)n, sizeof *parts);
     size_t *sizes = calloc((size_t)n, sizeof *sizes);
-    status st = mine && ranks && load && parts && sizes ? STATUS_OK : status_fail(STATUS_NO_MEMORY, "no memory for the summary");
+    status st =
+        mine && links && ranks && load && parts && sizes ? STATUS_OK : status_fail(STATUS_NO_MEMORY, "no memory for the summary");
     TRY_GOTO(group_agree(s->group, st), out);
     describe_rank(s, (score_rank *)(void *)mine);
     memcpy(mine + sizeof(score_rank), model_layer_load(engine_model(runtime_engine(s->runtime))), load_bytes);
-    TRY_GOTO(group_gather(s->group, mine, sizeof(score_rank) + load_bytes, parts, sizes), out);
+    copy_links(exchange_get_stats(model_exchange(engine_model(runtime_engine(s->runtime)))), (size_t)n,
+               (unsigned long long *)(void *)(mine + sizeof(score_rank) + load_bytes));
+    TRY_GOTO(group_gather(s->group, mine, sizeof(score_rank) + load_bytes + link_bytes, parts, sizes), out);
     if (group_rank(s->group) != 0)
         goto out;
     for (int r = 0; r < n; r++) {
         memcpy(&ranks[r], parts[r], sizeof *ranks);
         memcpy(load + (size_t)r * (size_t)layers, (const char *)parts[r] + sizeof *ranks, load_bytes);
+        add_links((const char *)parts[r] + sizeof *ranks + load_bytes, (size_t)n, (size_t)r, links);
     }
     score_summary summary = {.options = s->options,
                              .config = runtime_config(s->runtime),
@@ -408,6 +434,7 @@ static status summarise(score *s)
                              .exchange = exchange_name(model_exchange(engine_model(runtime_engine(s->runtime)))),
                              .times = *engine_get_times(runtime_engine(s->runtime)),
                              .layer_load = load,
+                             .link_rows = links,
                              .routing = s->routing,
                              .load_seconds = s->ready - s->start};
     if (s->options->json)
@@ -416,6 +443,7 @@ static status summarise(score *s)
         score_print_text(&summary);
 out:
     free(mine);
+    free(links);
     free(ranks);
     free(load);
     free(parts);

@@ -259,6 +259,8 @@ static void json_run(cJSON *o, const score_summary *s, const totals *t)
     cJSON_AddNumberToObject(o, "compute_share", t->compute);
     cJSON_AddNumberToObject(o, "exchange_share", t->exchange);
     cJSON_AddNumberToObject(o, "wait_share", t->wait);
+    cJSON_AddNumberToObject(o, "row_bytes",
+                            s->config->hidden * (s->options->runtime.rows == ROWS_BF16 ? sizeof(uint16_t) : sizeof(float)));
     cJSON_AddNumberToObject(o, "row_bytes_same_rank", t->same_rank);
     cJSON_AddNumberToObject(o, "row_bytes_same_node", t->same_node);
     cJSON_AddNumberToObject(o, "row_bytes_cross_node", t->cross_node);
@@ -278,6 +280,13 @@ status score_print_json(const score_summary *s)
     cJSON *balance = cJSON_AddArrayToObject(o, "max_over_mean");
     for (int l = 0; l < s->config->n_moe_layers; l++)
         cJSON_AddItemToArray(balance, cJSON_CreateNumber(layer_imbalance(s, l)));
+    cJSON *links = cJSON_AddArrayToObject(o, "link_rows");
+    for (int r = 0; r < s->n_ranks; r++) {
+        cJSON *row = cJSON_CreateArray();
+        for (int q = 0; q < s->n_ranks; q++)
+            cJSON_AddItemToArray(row, cJSON_CreateNumber((double)s->link_rows[(size_t)r * (size_t)s->n_ranks + (size_t)q]));
+        cJSON_AddItemToArray(links, row);
+    }
     cJSON *ranks = cJSON_AddArrayToObject(o, "per_rank");
     for (int r = 0; r < s->n_ranks; r++)
         cJSON_AddItemToArray(ranks, json_rank(s, r));
