@@ -5,6 +5,7 @@
 #include "placement/planner/inputs.h"
 #include "placement/planner/plan_diff.h"
 #include "proto/console.h"
+#include "proto/json.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -13,7 +14,7 @@
 
 typedef struct {
     plan_inputs in;
-    bool moves;
+    bool moves, json;
 } command_line;
 
 static status parse(int argc, char **argv, command_line *c, const char **operands, bool *run)
@@ -29,6 +30,7 @@ static status parse(int argc, char **argv, command_line *c, const char **operand
         {"phase", OPTION_CHOICE, &c->in.phase, .choices = "all|decode|prefill", .fallback = "all",
          .help = "only generated tokens of the trace, or only prompts"},
         {"moves", OPTION_FLAG, &c->moves, .help = "list the moves in an order that memory allows"},
+        {"json", OPTION_FLAG, &c->json, .help = "print one JSON object instead"},
         INPUT_REPLAY_OPTIONS(&c->in),
     };
     const option_table table = {.name = "convoke-plan diff",
@@ -93,11 +95,16 @@ static status compute_us(const plan_inputs *in, const plan *p, double *out)
     return st;
 }
 
+static status token_us(const plan_inputs *in, const plan *from, const plan *to, double *before, double *after)
+{
+    TRY(in->has_traffic ? replay_us(in, from, before) : compute_us(in, from, before));
+    return in->has_traffic ? replay_us(in, to, after) : compute_us(in, to, after);
+}
+
 static status price(const plan_inputs *in, const plan *from, const plan *to, double seconds, bool priced_move)
 {
     double before = 0, after = 0;
-    TRY(in->has_traffic ? replay_us(in, from, &before) : compute_us(in, from, &before));
-    TRY(in->has_traffic ? replay_us(in, to, &after) : compute_us(in, to, &after));
+    TRY(token_us(in, from, to, &before, &after));
     double saved = before - after, tokens = plan_diff_break_even(seconds, saved);
     printf("a token   %.3f us under %s, %.3f us under %s%s: %+.2f %%\n", before, from->name, after, to->name,
            in->has_traffic ? " (replayed)" : " (busiest rank's compute, from counts)", 100 * (after / before - 1));
@@ -141,6 +148,32 @@ static void print_moves(const plan *p, const plan_difference *d, FILE *out)
     }
 }
 
+/* Without a topology bytes and seconds are null; without traffic, what a token costs. */
+static status print_json(const command_line *c, const plan *from, const plan *to, const plan_difference *d, const topology *t)
+{
+    bool has_load = c->in.has_traffic || c->in.stats, has_bytes = t && t->bytes_per_expert > 0;
+    double before = NAN, after = NAN;
+    if (has_load)
+        TRY(token_us(&c->in, from, to, &before, &after));
+    double tokens = has_load && has_bytes ? plan_diff_break_even(d->seconds, before - after) : NAN;
+    cJSON *o = cJSON_CreateObject();
+    cJSON_AddNumberToObject(o, "copied", d->n_copied);
+    cJSON_AddNumberToObject(o, "dropped", d->n_dropped);
+    cJSON_AddNumberToObject(o, "spare_slots", d->spare_slots);
+    cJSON_AddNumberToObject(o, "bytes", has_bytes ? (double)d->bytes : NAN); /* what is not finite is printed as null */
+    cJSON_AddNumberToObject(o, "seconds", has_bytes ? d->seconds : NAN);
+    cJSON_AddNumberToObject(o, "us_per_token_from", before);
+    cJSON_AddNumberToObject(o, "us_per_token_to", after);
+    cJSON_AddNumberToObject(o, "break_even_tokens", tokens);
+    char *text = o ? cJSON_PrintUnformatted(o) : NULL;
+    cJSON_Delete(o);
+    if (!text)
+        return status_fail(STATUS_NO_MEMORY, "no memory to print a difference");
+    puts(text);
+    cJSON_free(text);
+    return STATUS_OK;
+}
+
 /* ---- the command ---- */
 
 /* A topology is wanted for bytes and times; without one, experts are counted only. */
@@ -162,6 +195,11 @@ static status compare(command_line *c, const plan *from, const plan *to)
     TRY(load(c, from, &priced));
     const topology *t = priced ? &c->in.topology : NULL;
     TRY(plan_diff(from, to, t, &d));
+    if (c->json) {
+        status done = print_json(c, from, to, &d, t);
+        plan_diff_clear(&d);
+        return done;
+    }
     print_difference(from, to, &d, t, stdout);
     status st = STATUS_OK;
     if (c->in.has_traffic || c->in.stats)
