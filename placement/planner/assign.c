@@ -306,7 +306,7 @@ static void improve(spread *s, int *best)
     descend(s);
     double lowest = worst_ratio(s);
     memcpy(best, s->rank, size);
-    for (int i = 0; i < KICKS && lowest > s->bound * (1 + 1e-4) && s->evaluations < KICK_EVALUATIONS; i++) {
+    for (int i = 0; i < KICKS && lowest > s->bound * (1 + 2e-3) && s->evaluations < KICK_EVALUATIONS; i++) {
         kick(s, &random);
         descend(s);
         if (worst_ratio(s) < lowest) {

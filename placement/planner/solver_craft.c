@@ -3,6 +3,7 @@
  * Room for replicas is worth little in a layer whose load is even and much in a skewed one. For every layer a curve says how even
  * it gets with 0, 1, 2 .. further places on every rank (replicate.h); a multiple-choice knapsack, solved exactly by dynamic
  * programming over the places a rank has in all layers together, takes one point of each curve. Ties take fewer places. */
+#include "placement/planner/assign.h"
 #include "placement/planner/replicate.h"
 #include "placement/planner/score.h"
 #include "placement/planner/start.h"
@@ -21,6 +22,8 @@ typedef struct {
     int budget;    /* further places of a rank, all layers */
     double *curve; /* [n_layers][n_options] */
     int *chosen;   /* [n_layers] */
+    bool *quick;   /* [n_layers] neither work nor time was left: no replicas */
+    work_budget work;
     int *home;
     bool *holds;
 } crafting;
@@ -46,15 +49,34 @@ static void weigh_room(crafting *c)
     c->n_options = c->traded ? 1 + (c->budget < most ? c->budget : most) : 1;
 }
 
+/* A layer without replicas: what replicas must beat, for they cost memory, and all that there is when no work is left. */
+static status place_singly(const problem *p, int l, const int *slots, int *home, bool *holds, double *worst)
+{
+    *worst = assign_lpt(p->n_experts, p->n_ranks, p->load + problem_at(p, l, 0), p->share, slots, home);
+    if (*worst < 0)
+        return status_fail(STATUS_NO_MEMORY, "no memory to place %d experts", p->n_experts);
+    memset(holds, 0, (size_t)p->n_experts * (size_t)p->n_ranks * sizeof *holds);
+    return STATUS_OK;
+}
+
 static status place_layer(crafting *c, int l, int option, int *home, bool *holds, double *worst)
 {
     const problem *p = c->p;
-    int *slots = malloc((size_t)p->n_ranks * sizeof *slots);
+    int *slots = malloc((size_t)p->n_ranks * sizeof *slots), room = 0;
     if (!slots)
         return status_fail(STATUS_NO_MEMORY, "no memory for %d ranks", p->n_ranks);
-    for (int g = 0; g < p->n_ranks; g++)
+    for (int g = 0; g < p->n_ranks; g++) {
         slots[g] = c->traded ? fewest_per_rank(p) + option : p->slots[(size_t)l * (size_t)p->n_ranks + (size_t)g];
-    status st = replicate_layer(p, l, slots, true, home, holds, worst);
+        room += slots[g] < p->n_experts ? slots[g] : p->n_experts;
+    }
+    double singly;
+    status st = place_singly(p, l, slots, home, holds, &singly);
+    *worst = singly;
+    if (st == STATUS_OK && room > p->n_experts && !c->quick[l]) {
+        st = replicate_layer(p, l, slots, true, home, holds, worst);
+        if (st == STATUS_OK && *worst >= singly)
+            st = place_singly(p, l, slots, home, holds, worst);
+    }
     free(slots);
     return st;
 }
@@ -74,12 +96,14 @@ static status draw_curve(void *arg, int l)
     int *home = malloc(experts * sizeof *home);
     bool *holds = malloc(experts * (size_t)p->n_ranks * sizeof *holds);
     double *curve = c->curve + (size_t)l * (size_t)c->n_options;
+    work_budget work = work_part(&c->work, l, p->n_layers);
     status st = STATUS_OK;
     if (!home || !holds)
         st = status_fail(STATUS_NO_MEMORY, "no memory to replicate %d experts", p->n_experts);
+    c->quick[l] = !work_take(&work, 2 * p->n_experts); /* to weigh it and, once chosen, to place it */
     for (int i = 0; st == STATUS_OK && i < c->n_options; i++) {
         curve[i] = i > 0 ? curve[i - 1] : INFINITY;
-        if (i == 0 || curve[i - 1] > 1.0005) { /* even already: more places change nothing */
+        if (i == 0 || (curve[i - 1] > 1.0005 && work_take(&work, p->n_experts))) { /* else it is even already */
             double worst;
             st = place_layer(c, l, i, home, holds, &worst);
             worst = priced(p, worst);
@@ -143,16 +167,17 @@ static void remark(const crafting *c, solver_report *report)
 
 static status solve(const problem *p, solver_report *report, plan *out)
 {
-    crafting c = {.p = p};
+    crafting c = {.p = p, .work = work_start(p, INT64_MAX / 2)};
     weigh_room(&c);
     size_t n_lists = problem_at(p, p->n_layers, 0);
     plan made = {0};
     status st = STATUS_OK;
     c.curve = malloc((size_t)p->n_layers * (size_t)c.n_options * sizeof *c.curve);
     c.chosen = calloc((size_t)p->n_layers, sizeof *c.chosen);
+    c.quick = calloc((size_t)p->n_layers, sizeof *c.quick);
     c.home = malloc(n_lists * sizeof *c.home);
     c.holds = malloc(n_lists * (size_t)p->n_ranks * sizeof *c.holds);
-    if (!c.curve || !c.chosen || !c.home || !c.holds)
+    if (!c.curve || !c.chosen || !c.quick || !c.home || !c.holds)
         TRY_GOTO(status_fail(STATUS_NO_MEMORY, "no memory for a plan of %zu experts", n_lists), out);
     TRY_GOTO(parallel_for(p->request->threads, p->n_layers, draw_curve, &c), out);
     TRY_GOTO(choose(&c), out);
@@ -163,6 +188,7 @@ static status solve(const problem *p, solver_report *report, plan *out)
 out:
     free(c.curve);
     free(c.chosen);
+    free(c.quick);
     free(c.home);
     free(c.holds);
     return st;
