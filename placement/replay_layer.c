@@ -3,8 +3,7 @@
  *   token's experts ─► a copy of each ─► distinct ranks ─► hops over links ─► out, in of every rank ─► dispatch, combine
  *                          └─► rows of every copy ─► rows and touched experts of every rank ─► compute
  *
- * Hops are counted, not priced, one by one: per rank and link class, or per pair of ranks where the topology has a matrix. So
- * times do not depend on the order of tokens. */
+ * Hops are counted one by one, per pair of ranks, and priced together: times do not depend on the order of tokens. */
 #include "placement/replay_layer.h"
 
 #include "placement/replica_split.h"
@@ -32,9 +31,9 @@ struct layer_replay {
     int *node_first;        /* [n_nodes + 1] of node_ranks */
     int *node_ranks;        /* [n_ranks] by node */
     bool carried[N_LINK_CLASSES];
-    uint32_t (*out)[N_LINK_CLASSES], (*in)[N_LINK_CLASSES]; /* [n_ranks] rows, without a matrix */
-    uint32_t *pairs;                                        /* [n_ranks][n_ranks] rows; NULL without a matrix */
-    double *row_cost;                                       /* [n_ranks][n_ranks] microseconds; NULL without a matrix */
+    uint32_t (*out)[N_LINK_CLASSES], (*in)[N_LINK_CLASSES]; /* [n_ranks] rows */
+    uint32_t *pairs;                                        /* [n_ranks][n_ranks] rows from, to */
+    double *row_cost;                                       /* [n_ranks][n_ranks] microseconds, where there is a matrix */
     int64_t next_move;
     /* replicas by step */
     replica_split *split;
@@ -108,7 +107,7 @@ static status allocate(layer_replay *r)
     r->node_ranks = calloc(n, sizeof *r->node_ranks);
     r->out = calloc(n, sizeof *r->out);
     r->in = calloc(n, sizeof *r->in);
-    r->pairs = calloc(r->topo->links ? n * n : 1, sizeof *r->pairs);
+    r->pairs = calloc(n * n, sizeof *r->pairs);
     r->row_cost = calloc(r->topo->links ? n * n : 1, sizeof *r->row_cost);
     if (!r->copy_rows || !r->rows || !r->served || !r->turn || !r->seen || !r->seen_node || !r->node_first || !r->node_ranks ||
         !r->out || !r->in || !r->pairs || !r->row_cost)
@@ -144,44 +143,19 @@ status layer_replay_create(const traffic *t, const replay_schedule *schedule, co
 
 /* ---- one row ---- */
 
-static void count_hop(layer_replay *r, int from, int to, uint32_t rows)
+static uint32_t *pair(const layer_replay *r, int from, int to)
 {
-    link_class class = topology_link(r->topo, from, to);
-    r->carried[class] = true;
-    r->out[from][class] += rows;
-    r->in[to][class] += rows;
-    if (r->topo->links)
-        r->pairs[(size_t)from * (size_t)r->topo->n_ranks + (size_t)to] += rows;
+    return &r->pairs[(size_t)from * (size_t)r->topo->n_ranks + (size_t)to];
 }
 
-static void hop(layer_replay *r, int from, int to, layer_totals *out)
+/* A row to a rank on another node that has not had it yet, by way of the gateway there. */
+static void cross_once(layer_replay *r, int owner, int to)
 {
-    count_hop(r, from, to, 1);
-    if (out->link_rows)
-        out->link_rows[(size_t)from * (size_t)r->topo->n_ranks + (size_t)to]++;
-}
-
-/* A row to a rank that has not had it yet. */
-static void send(layer_replay *r, int owner, int to, layer_totals *out)
-{
-    const topology *topo = r->topo;
-    int node = topo->node_of_rank[to];
-    bool crosses = node != topo->node_of_rank[owner];
-    out->copies++;
-    if (!crosses || !r->options->node_dedupe) {
-        out->cross_copies += crosses;
-        hop(r, owner, to, out);
-        return;
-    }
-    int size = r->node_first[node + 1] - r->node_first[node];
-    int gateway = r->node_ranks[r->node_first[node] + topo->local_index[owner] % size];
-    if (r->seen_node[node] != r->stamp) {
-        r->seen_node[node] = r->stamp;
-        out->cross_copies++;
-        hop(r, owner, gateway, out);
-    }
-    if (gateway != to)
-        hop(r, gateway, to, out);
+    int node = r->topo->node_of_rank[to], size = r->node_first[node + 1] - r->node_first[node];
+    int gateway = r->node_ranks[r->node_first[node] + r->topo->local_index[owner] % size];
+    *pair(r, owner, gateway) += r->seen_node[node] != r->stamp;
+    *pair(r, gateway, to) += gateway != to;
+    r->seen_node[node] = r->stamp;
 }
 
 /* The copy that computes a row of an expert with several. */
@@ -201,23 +175,33 @@ static int choose_copy(layer_replay *r, int expert, int owner)
     return c;
 }
 
+/* No branch depends on where a row goes, but for node_dedupe: nobody could foresee it, and a wrong guess costs more than all the
+ * rest. */
 static void route_row(layer_replay *r, int64_t token, int owner, layer_totals *out)
 {
     const uint16_t *experts = traffic_experts(r->t, r->layer, token);
-    r->seen[owner] = ++r->stamp; /* its own experts' rows stay */
+    bool dedupe = r->options->node_dedupe;
+    uint64_t stamp = ++r->stamp, copies = 0, home = 0;
+    uint32_t *sent = pair(r, owner, 0);
+    r->seen[owner] = stamp; /* its own experts' rows stay */
     for (int j = 0; j < r->t->shape.top_k; j++) {
         int e = experts[j];
         if (e == ROUTING_NO_EXPERT)
             continue;
         int c = r->first[e + 1] - r->first[e] == 1 ? r->first[e] - r->first[0] : choose_copy(r, e, owner), rank = r->ranks[c];
+        bool fresh = r->seen[rank] != stamp;
+        r->seen[rank] = stamp;
         r->copy_rows[c]++;
         out->choices++;
-        out->home += rank == owner;
-        if (r->seen[rank] != r->stamp) {
-            r->seen[rank] = r->stamp;
-            send(r, owner, rank, out);
-        }
+        home += rank == owner;
+        copies += fresh;
+        if (dedupe && fresh && r->topo->node_of_rank[rank] != r->topo->node_of_rank[owner])
+            cross_once(r, owner, rank);
+        else
+            sent[rank] += fresh;
     }
+    out->copies += copies;
+    out->home += home;
     r->turn[owner]++;
 }
 
@@ -298,13 +282,39 @@ static double transfer_us(const layer_replay *r, bool home)
     return worst + start;
 }
 
+static void count_link(layer_replay *r, int from, int to, uint32_t rows)
+{
+    link_class class = topology_link(r->topo, from, to);
+    r->carried[class] = true;
+    r->out[from][class] += rows;
+    r->in[to][class] += rows;
+}
+
+/* From pairs of ranks to the links of each. */
+static void count_links(layer_replay *r, layer_totals *out)
+{
+    size_t n = (size_t)r->topo->n_ranks;
+    for (int from = 0; from < r->topo->n_ranks; from++)
+        for (int to = 0; to < r->topo->n_ranks; to++) {
+            uint32_t rows = *pair(r, from, to);
+            if (rows == 0)
+                continue;
+            count_link(r, from, to, rows);
+            out->cross_copies += topology_link(r->topo, from, to) == LINK_CROSS_NODE ? rows : 0;
+            if (out->link_rows)
+                out->link_rows[(size_t)from * n + (size_t)to] += rows;
+        }
+}
+
 /* Adds the KV caches that move with this step's dispatch; false when there are none. */
 static bool count_moves(layer_replay *r, int64_t step)
 {
     const replay_schedule *s = r->schedule;
     bool any = false;
     for (; r->next_move < s->n_moves && s->move_step[r->next_move] == step; r->next_move++) {
-        count_hop(r, s->move_from[r->next_move], s->move_to[r->next_move], AFFINITY_TOKENS);
+        int from = s->move_from[r->next_move], to = s->move_to[r->next_move];
+        *pair(r, from, to) += AFFINITY_TOKENS;
+        count_link(r, from, to, AFFINITY_TOKENS);
         any = true;
     }
     return any;
@@ -317,8 +327,7 @@ static void clear_step(layer_replay *r)
     memset(r->carried, 0, sizeof r->carried);
     memset(r->out, 0, n * sizeof *r->out);
     memset(r->in, 0, n * sizeof *r->in);
-    if (r->topo->links)
-        memset(r->pairs, 0, n * n * sizeof *r->pairs);
+    memset(r->pairs, 0, n * n * sizeof *r->pairs);
 }
 
 static status measure_split(layer_replay *r, double busiest, layer_totals *out)
@@ -343,6 +352,7 @@ static status run_step(layer_replay *r, int64_t step, layer_totals *out)
     }
     for (int64_t i = s->first[step]; i < s->first[step + 1]; i++)
         route_row(r, s->token[i], s->owner[i], out);
+    count_links(r, out);
     double compute = compute_us(r, out), combine = transfer_us(r, true);
     double dispatch = count_moves(r, step) || r->topo->links ? transfer_us(r, false) : combine;
     out->compute_us += compute;

@@ -10,7 +10,7 @@
 #include <string.h>
 
 /* Part of the rules, as replica_split.h says them. */
-enum { ROUNDS_PER_COPY = 2, CHAIN_DEPTH = 4, TRIES_PER_COPY = 4 };
+enum { ROUNDS_PER_COPY = 2, CHAIN_DEPTH = 4, TRIES_PER_COPY = 2 };
 #define CHAIN_GOAL (1 - 1.0 / 1024)
 
 struct replica_split {

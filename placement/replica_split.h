@@ -23,7 +23,7 @@
  *      Chain: the goal is B * (1 - 1/1024). From u, first b, hand over m rows of a copy to another copy, on w: first m =
  *      floor((load of u - goal) / row_us of u) + 1 if the copy has more, then all of its rows if that brings u below the goal. It
  *      works if w is below the goal too; else the same from w, 4 hand-overs deep at most (the fourth is made only if it leaves w
- *      below the goal). What does not end well is taken back. At most 4 * n hand-overs are made so in all rounds together.
+ *      below the goal). What does not end well is taken back. At most 2 * n hand-overs are made so in all rounds together.
  *
  * Integer rows, splits allowed; a copy with at least one row costs expert_us once, each row row_us (topology.h). */
 #ifndef CONVOKE_PLACEMENT_REPLICA_SPLIT_H

@@ -241,7 +241,7 @@ class Split:
         for e in sorted(self.several, key=lambda e: (-self.want[e], e)):
             self.put(e, min(self.layer[e], key=lambda r: (self.load(r, self.want[e], 1), r)), self.want[e])
         n_copies = sum(map(len, self.layer))
-        self.tries = 4 * n_copies
+        self.tries = 2 * n_copies
         for _ in range(2 * n_copies):
             b = max(range(self.topo.n), key=lambda r: (self.load(r), -r))
             if not self.shift(b) and not self.path(b) and not self.chain(b, self.load(b) * (1 - 1 / 1024), 4):
