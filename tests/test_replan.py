@@ -11,6 +11,7 @@
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -82,8 +83,14 @@ def under_streams(server, pb, name, reference, do):
     return max(s.gap for s in waves[0])
 
 
+def epoch_in_journal(path):
+    with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as db:
+        return db.execute("SELECT plan_epoch FROM launch ORDER BY number DESC LIMIT 1").fetchone()[0]
+
+
 def test_flips(pb, folder, reference):
-    with by_hand(folder) as server:
+    journal = os.path.join(folder, "journal.sqlite")
+    with by_hand(folder, "--journal", journal) as server:
         assert get(server)["plan"] == "contiguous"
         assert ask(server) == 409  # nothing was counted
         quiet = []
@@ -109,6 +116,7 @@ def test_flips(pb, folder, reference):
             streams = start_streams(server, pb, f"after-{i}")
             end_streams(streams)
             same(streams, reference)
+        assert epoch_in_journal(journal) == FLIPS
         assert " steps: the busiest rank " in get(server)["last"], get(server)
         print(f"longest gap in a stream: undisturbed {max(quiet) * 1e3:.0f} ms, while a plan went live " +
               ", ".join(f"{g * 1e3:.0f}" for g in gaps) + " ms", flush=True)
