@@ -456,6 +456,7 @@ static void start_attempt(live_plan *lp)
         return;
     snprintf(name, sizeof name, "auto-%lld", lp->last_epoch + 1);
     replan_request request = {.program = lp->planner,
+                              .solver = lp->options.solver,
                               .seconds = lp->options.plan_seconds,
                               .threads = lp->options.plan_threads,
                               .extra_slots = lp->options.extra_slots,

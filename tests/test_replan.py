@@ -152,14 +152,18 @@ def test_losses(pb, folder, reference):
         print(f"a rank lost while experts moved, another later: {plan['plan']} is in force", flush=True)
 
 
-def has_planner():
+def planner():
+    """How a server plans: by itself where convoke-plan was built."""
     program = os.path.join(serving.BINARY, "convoke-plan")
-    return os.access(program, os.X_OK) and subprocess.run([program, "solve", "--help"], capture_output=True, check=False).returncode == 0
+    if not os.access(program, os.X_OK):
+        return ["--planner", PLAIN]
+    solvers = subprocess.run([program, "solve", "--solver", "list"], capture_output=True, check=True, text=True).stdout
+    return [] if "\nauto " in solvers else ["--plan-solver", "lpt"]
 
 
 def test_alone(pb, folder, reference):
-    planner = [] if has_planner() else ["--planner", PLAIN]
-    with start(folder, "--plan-seconds", "5", "--replan-balance", "1.02", "--replan-pause", "2", *planner) as server:
+    how = planner()
+    with start(folder, "--plan-seconds", "5", "--replan-balance", "1.02", "--replan-pause", "2", *how) as server:
         until = time.monotonic() + 60 * serving.SLOW
         n = 0
         while not get(server)["last"] and time.monotonic() < until:
@@ -174,7 +178,7 @@ def test_alone(pb, folder, reference):
         wait(server, lambda p: p["state"] != "planning")
         for line in said.splitlines():
             if "plan" in line and "worker" not in line:
-                print(("convoke-plan: " if not planner else "plain planner: ") + line, flush=True)
+                print(" ".join(how) + " " * bool(how) + line, flush=True)
 
 
 def main():
