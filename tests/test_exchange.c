@@ -41,8 +41,7 @@ static void rows_come_home(void **state)
                                                 .max_rows = 23,
                                                 .n_threads = 2,
                                                 .combine = (combine_mode)mode,
-                                                .rows = (row_format)format,
-                                                .share = k},
+                                                .rows = (row_format)format},
                                30);
 }
 

@@ -18,6 +18,22 @@ struct csv_file {
     char *fields[MAX_FIELDS];
 };
 
+/* Names out of a table become names in our files, which are UTF-8. */
+static bool is_utf8(const unsigned char *s)
+{
+    while (*s) {
+        unsigned char c = *s++;
+        int more = c < 0x80 ? 0 : c >= 0xc2 && c <= 0xdf ? 1 : (c & 0xf0) == 0xe0 ? 2 : c >= 0xf0 && c <= 0xf4 ? 3 : -1;
+        if (more < 0 || (c == 0xe0 && *s < 0xa0) || (c == 0xed && *s > 0x9f) || (c == 0xf0 && *s < 0x90) ||
+            (c == 0xf4 && *s > 0x8f))
+            return false;
+        for (; more > 0; more--)
+            if ((*s++ & 0xc0) != 0x80) /* the end is no such byte either */
+                return false;
+    }
+    return true;
+}
+
 /* One line without its end; *more false at the end of the file. */
 static status read_line(csv_file *f, bool *more)
 {
@@ -29,8 +45,8 @@ static status read_line(csv_file *f, bool *more)
     if (n < 0)
         return STATUS_OK;
     f->number++;
-    if (n > MAX_LINE || strlen(f->line) != (size_t)n)
-        return status_fail(STATUS_BAD_INPUT, "%s: line %lld is no text of up to %d bytes", f->path, f->number, MAX_LINE);
+    if (n > MAX_LINE || strlen(f->line) != (size_t)n || !is_utf8((const unsigned char *)f->line))
+        return status_fail(STATUS_BAD_INPUT, "%s: line %lld is no UTF-8 text of up to %d bytes", f->path, f->number, MAX_LINE);
     f->line[strcspn(f->line, "\r\n")] = '\0';
     return STATUS_OK;
 }

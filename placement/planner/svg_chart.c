@@ -71,8 +71,10 @@ static void heat_legend(double y, double most, const char *word, FILE *out)
         double at = (i + 0.5) / STEPS * 2, value = at < 1 ? at : pow(most, at - 1);
         const char *class;
         double s = strength(value, most, &class);
-        fprintf(out, "<rect class=\"%s\" x=\"%d\" y=\"%.1f\" width=\"%d.3\" height=\"10\" fill-opacity=\"%.2f\"/>\n", class,
-                LEFT + i * STEP, y, STEP, s);
+        fprintf(out,
+                "<rect class=\"%s\" x=\"%d\" y=\"%.1f\" width=\"%d\" height=\"10\" shape-rendering=\"crispEdges\" "
+                "fill-opacity=\"%.2f\"/>\n",
+                class, LEFT + i * STEP, y, STEP, s);
     }
     fprintf(out, "<rect class=\"frame\" x=\"%d\" y=\"%.1f\" width=\"%d\" height=\"10\"/>\n", LEFT, y, STEPS * STEP);
     label(out, LEFT, y + 22, "middle", "0");
@@ -155,7 +157,9 @@ static void similarity_legend(double x, double y, double least, FILE *out)
 {
     char text[80];
     for (int i = 0; i < 32; i++)
-        fprintf(out, "<rect class=\"alike\" x=\"%.1f\" y=\"%.1f\" width=\"5.3\" height=\"10\" fill-opacity=\"%.2f\"/>\n",
+        fprintf(out,
+                "<rect class=\"alike\" x=\"%.1f\" y=\"%.1f\" width=\"5\" height=\"10\" shape-rendering=\"crispEdges\" "
+                "fill-opacity=\"%.2f\"/>\n",
                 x + i * 5, y, (i + 0.5) / 32);
     fprintf(out, "<rect class=\"frame\" x=\"%.1f\" y=\"%.1f\" width=\"160\" height=\"10\"/>\n", x, y);
     snprintf(text, sizeof text, "%.2f", least);
@@ -166,17 +170,17 @@ static void similarity_legend(double x, double y, double least, FILE *out)
 
 void svg_similarity(const char *const *names, const int *order, int n, const double *cosine, int stride, FILE *out)
 {
-    double size = n > 30 ? 13 : 20, left = names_width(names, n), top = left * 0.75 + 10, least = 1;
+    double size = n > 30 ? 13 : 20, left = names_width(names, n), top = left, least = 1;
     char name[40], other[40];
     for (int a = 0; a < n; a++)
         for (int b = 0; b < n; b++)
             least = fmin(least, cosine[order[a] * stride + order[b]]);
-    double width = left + n * size + top < 460 ? 460 : left + n * size + top; /* names at the top lean over the right edge */
+    double width = left + n * size < 460 ? 460 : left + n * size + 4; /* room for the legend */
     begin(out, width, top + n * size + 44, "cosine of the counts of two domains");
     for (int a = 0; a < n; a++) {
         short_name(names[order[a]], name);
         label(out, left - 6, top + (a + 0.5) * size + 4, "end", name);
-        fprintf(out, "<g transform=\"translate(%.1f %.1f) rotate(-45)\">", left + (a + 0.6) * size, top - 5);
+        fprintf(out, "<g transform=\"translate(%.1f %.1f) rotate(-90)\">", left + (a + 0.5) * size + 4, top - 5);
         label(out, 0, 0, "start", name);
         fprintf(out, "</g>\n");
         for (int b = 0; b < n; b++) {
@@ -198,15 +202,15 @@ void svg_similarity(const char *const *names, const int *order, int n, const dou
 
 /* ---- bars ---- */
 
-/* A round number of at least `most` / 4: the step between lines. */
+/* A round number of at least `most` / 5: the step between lines. */
 static double grid_step(double most)
 {
-    double power = pow(10, floor(log10(most / 4)));
+    double power = pow(10, floor(log10(most / 5)));
     double by[] = {1, 2, 2.5, 5, 10};
     for (int i = 0; i < 5; i++)
-        if (by[i] * power >= most / 4)
+        if (by[i] * power >= most / 5)
             return by[i] * power;
-    return most / 4;
+    return most / 5;
 }
 
 static void bar_legend(const bar_chart *chart, double y, FILE *out)
