@@ -436,6 +436,8 @@ static status create_plan(coordinator *c)
     o.plan_path = c->options.job.plan_path;
     o.topology_path = c->options.job.topology_path;
     c->options.job.count_pairs = o.mode != REPLAN_OFF;
+    if (o.mode == REPLAN_APPLY && c->options.job.combine && strcmp(c->options.job.combine, "fast") == 0)
+        log_line("with combine fast the tokens of running streams may change when a plan goes live");
     return live_plan_create(&o, &backend, c, &c->plan);
 }
 

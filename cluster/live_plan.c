@@ -186,14 +186,14 @@ bool live_plan_begin(live_plan *lp, const Convoke__Control__Hello *hello, job_pl
     lp->n_nodes = count_nodes(hello);
     if (live_plan_has_one(lp) && lp->present.plan.n_ranks != lp->n_ranks)
         known_plan_clear(&lp->present);
-    lp->began_with_kept = !live_plan_has_one(lp) && lp->options.automatic && take_kept(lp, &lp->present);
+    bool kept = !live_plan_has_one(lp) && lp->options.automatic && take_kept(lp, &lp->present);
     if (!live_plan_has_one(lp) && lp->options.plan_path && !lp->options.automatic &&
         read_known(lp->options.plan_path, lp->n_ranks, &lp->present) != STATUS_OK)
         known_plan_clear(&lp->present); /* for another number of ranks; the job says so */
     bool planned = lp->present.json != NULL;
     if (planned)
         *out = (job_plan){.json = lp->present.json, .name = lp->present.plan.name, .epoch = (uint64_t)lp->present.plan.epoch};
-    if (lp->began_with_kept)
+    if (kept)
         log_line("plan %s, epoch %lld, was kept from earlier", lp->present.plan.name, lp->present.plan.epoch);
     pthread_mutex_unlock(&lp->lock);
     return planned;
@@ -456,6 +456,7 @@ static void start_attempt(live_plan *lp)
         return;
     snprintf(name, sizeof name, "auto-%lld", lp->last_epoch + 1);
     replan_request request = {.program = lp->planner,
+                              .solver = lp->options.solver,
                               .seconds = lp->options.plan_seconds,
                               .threads = lp->options.plan_threads,
                               .extra_slots = lp->options.extra_slots,

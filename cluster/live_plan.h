@@ -23,6 +23,7 @@ typedef struct {
     const char *planner;       /* NULL: convoke-plan beside this program or on PATH */
     const char *topology_path; /* NULL: constants of a small CPU rank */
     const char *model_dir;
+    const char *solver;        /* convoke-plan's; NULL: auto */
     double statistics_seconds; /* how often counts are asked for; 0: never */
     double plan_seconds;       /* of the solver */
     int plan_threads, extra_slots;

@@ -26,7 +26,7 @@ struct live_plan {
 
     pthread_mutex_t lock; /* over what follows; held for moments only */
     /* the launch */
-    bool ready, began_with_kept;
+    bool ready;
     int n_ranks, n_nodes;
     topology topology;
     char model[128];

@@ -30,7 +30,7 @@ struct replanner {
     int cancel_fd; /* eventfd, written once and never read */
     atomic_bool done;
     /* the thread's own until done */
-    char *program, *model_name, *name;
+    char *program, *solver, *model_name, *name;
     double seconds, deadline;
     int threads, extra_slots;
     long long epoch;
@@ -189,7 +189,7 @@ static status solve(replanner *r)
     snprintf(threads, sizeof threads, "%d", r->threads > 0 ? r->threads : 1);
     snprintf(slots, sizeof slots, "%d", r->extra_slots);
     const char *words[WORDS] = {r->program,  "solve",           "--stats",     files[0],   "--topology",
-                                files[1],    "--seed-plan",     files[2],      "--solver", "auto",
+                                files[1],    "--seed-plan",     files[2],      "--solver", r->solver,
                                 "--seconds", seconds,           "--threads",   threads,    "--extra-slots",
                                 slots,       "--bound-seconds", BOUND_SECONDS, "-o",       files[3]};
     return run_child(r, words);
@@ -308,6 +308,7 @@ static void replanner_free(replanner *r)
     topology_clear(&r->topology);
     plan_clear(&r->present);
     free(r->program);
+    free(r->solver);
     free(r->model_name);
     free(r->name);
     if (r->cancel_fd >= 0)
@@ -318,9 +319,10 @@ static void replanner_free(replanner *r)
 static status copy_request(const replan_request *request, replanner *r)
 {
     r->program = strdup(request->program);
+    r->solver = strdup(request->solver ? request->solver : "auto");
     r->model_name = strdup(request->model_name);
     r->name = strdup(request->name);
-    if (!r->program || !r->model_name || !r->name)
+    if (!r->program || !r->solver || !r->model_name || !r->name)
         return status_fail(STATUS_NO_MEMORY, "no memory to plan");
     TRY(topology_copy(request->topology, &r->topology));
     return plan_copy(request->present, &r->present);

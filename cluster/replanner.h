@@ -18,6 +18,7 @@ typedef struct replanner replanner;
 /* All pointers but `stats` are borrowed for the call. */
 typedef struct {
     const char *program; /* convoke-plan */
+    const char *solver;  /* NULL: auto */
     double seconds;      /* for the solver; with REPLANNER_GRACE for all of it */
     int threads;         /* of the solver */
     int extra_slots;     /* per rank and layer: room for replicas */

@@ -21,7 +21,7 @@ typedef struct {
     const char *tls_cert, *tls_key, *tls_client_ca, *mpirun, *mpirun_args, *worker;
     int64_t ranks, threads, max_batch, max_length, kv_bytes, queue, max_n, max_message, max_streams, reader_bytes;
     int64_t journal_commit_ms, max_failures, statistics_tokens, plan_threads, extra_slots, replan_rate;
-    const char *plan_dir, *planner, *topology;
+    const char *plan_dir, *planner, *plan_solver, *topology;
     double statistics_seconds, plan_seconds, replan_balance, replan_drift, replan_pause, replan_payback;
     int replan, replicas, owners;
     double step_ms, hang_seconds, load_seconds, failure_minutes, drain_seconds, reader_seconds, remember_seconds;
@@ -59,6 +59,8 @@ static status parse(int argc, char **argv, serve_options *o, options_wish *wish)
         {"statistics-tokens", OPTION_INT, &o->statistics_tokens, .argument = "N", .fallback = "262144", .min = 64, .max = 1e15,
          .help = "what is remembered of it: at most so many tokens, the latest"},
         {"planner", OPTION_STRING, &o->planner, .argument = "PROGRAM", .help = "default: convoke-plan beside this program"},
+        {"plan-solver", OPTION_STRING, &o->plan_solver, .argument = "NAME", .fallback = "auto",
+         .help = "how it plans (convoke-plan solve --solver list)"},
         {"plan-seconds", OPTION_DOUBLE, &o->plan_seconds, .argument = "S", .fallback = "20", .min = 0.1, .max = 86400,
          .help = "time for a new plan; a planner that is late is killed"},
         {"plan-threads", OPTION_INT, &o->plan_threads, .argument = "T", .fallback = "1", .min = 1, .max = 1024,
@@ -187,6 +189,7 @@ static live_plan_options make_plan_options(const serve_options *o)
                            .automatic = o->plan && strcmp(o->plan, "auto") == 0,
                            .dir = o->plan_dir,
                            .planner = o->planner,
+                           .solver = o->plan_solver,
                            .statistics_seconds = o->statistics_seconds,
                            .plan_seconds = o->plan_seconds,
                            .plan_threads = (int)o->plan_threads,

@@ -420,7 +420,7 @@ int plan_choose(const plan *p, replica_choice choice, int layer, int expert, int
     uint32_t n = (uint32_t)plan_n_copies(p, layer, expert), n_near = 0;
     if (n == 1)
         return ranks[0];
-    if (choice == REPLICA_OWNER_FIRST) {
+    if (choice != REPLICA_ROUND_ROBIN) {
         for (uint32_t c = 0; c < n; c++) {
             if (ranks[c] == owner)
                 return owner;

@@ -67,6 +67,7 @@ bool plan_holds(const plan *p, int layer, int expert, int rank);
 typedef enum {
     REPLICA_OWNER_FIRST, /* the owner's own copy, else one on its node, else round-robin over all; round-robin among equals */
     REPLICA_ROUND_ROBIN, /* over all copies */
+    REPLICA_STEP,        /* by the step's load: replica_split.h, not plan_choose(), which takes the owner's first */
 } replica_choice;
 
 /* The rank that computes (layer, expert) for a row owned by `owner`; `turn` advances the round (the row's running number). Pure.

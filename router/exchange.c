@@ -173,6 +173,18 @@ static void open_own(exchange *x)
     own->results = x->own_results;
 }
 
+status exchange_share(exchange *x, const int32_t *mine, int n, int32_t *all)
+{
+    if (n < 0 || n > x->shape.share)
+        return status_fail(STATUS_BAD_INPUT, "exchange: %d numbers to share, made for at most %d", n, x->shape.share);
+    double start = clock_seconds();
+    x->shares++;
+    status st = x->way->share(x, mine, n, all);
+    x->stats.wait_seconds += clock_seconds() - start;
+    x->stats.header_bytes += (size_t)n * sizeof *mine;
+    return st;
+}
+
 status exchange_send(exchange *x, int n_rows, const route *routes, const int16_t *exponents)
 {
     if (n_rows < 0 || n_rows > x->shape.max_rows)

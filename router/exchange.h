@@ -28,6 +28,7 @@ typedef struct {
     int n_threads; /* computing threads of this rank (one spill list each) */
     combine_mode combine;
     row_format rows;
+    int share; /* numbers per rank in exchange_share(), at most; 0: it is not used */
 } exchange_shape;
 
 /* Rows that one source wants computed here. */
@@ -46,8 +47,8 @@ typedef struct {
      * and those of other nodes that this rank read where another rank of its node had received them, by that rank. [group size]
      */
     const unsigned long long *rows_sent, *rows_relayed;
-    /* Their bytes: sent, and for the same node relayed to this rank as well; between nodes once per node. */
-    unsigned long long bytes_same_rank, bytes_same_node, bytes_cross_node;
+    /* Their bytes: what this rank sent, between nodes once per node; what was relayed to it. */
+    unsigned long long bytes_same_rank, bytes_same_node, bytes_cross_node, bytes_relayed;
     /* Result bytes sent home, combine, counted by the sender (between nodes by the one rank that sums); without spills. */
     unsigned long long return_bytes_same_node, return_bytes_cross_node;
     unsigned long long header_bytes;                        /* packets and counts */
@@ -68,6 +69,10 @@ size_t exchange_buffer_bytes(const exchange *x); /* memory this rank set aside *
  * thread, from exchange_wait_results() (others read the last send's rows until then) to exchange_send(). The pointer never
  * changes. */
 float *exchange_rows(exchange *x, size_t *row_stride);
+
+/* [all] Before a layer's exchange_send(): every rank's n numbers (as many on all) to all, [group size][n] in the order of ranks.
+ * Inside a node they lie in the windows; between nodes the first rank of each sends its node's to the others'. */
+status exchange_share(exchange *x, const int32_t *mine, int n, int32_t *all);
 
 /* [all] Starts a layer: this rank's n_rows rows with routes [n_rows][top_k] and exponents [n_rows] (fixed; else NULL). Returns at
  * once. */

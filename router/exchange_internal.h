@@ -8,8 +8,9 @@
 /* One way. All return what the public function of the same name returns. */
 typedef struct {
     const char *name;
-    status (*open)(exchange *x);  /* [all] sets rows, rows_bf16, packet_rows, packet_entries and allocates what is its own */
-    void (*close)(exchange *x);   /* a half-opened one is fine */
+    status (*open)(exchange *x); /* [all] sets rows, rows_bf16, packet_rows, packet_entries and allocates what is its own */
+    void (*close)(exchange *x);  /* a half-opened one is fine */
+    status (*share)(exchange *x, const int32_t *mine, int n, int32_t *all);
     status (*begin)(exchange *x); /* before packets are built: packet_rows and packet_entries may be moved here */
     status (*send)(exchange *x);
     status (*wait)(exchange *x);
@@ -26,6 +27,7 @@ struct exchange {
     exchange_shape shape;
     int rank, size;
     uint32_t layer;      /* exchanges since start; the number in sentences */
+    uint32_t shares;     /* exchange_share() since start */
     size_t row_stride;   /* elements between two rows */
     size_t row_bytes;    /* of one row's payload on the way: hidden * 4 or * 2 */
     size_t result_bytes; /* of one result row: hidden * 4 */

@@ -22,6 +22,7 @@
 #define ROWS_TAG         2
 #define RESULTS_TAG      3
 #define SPILLS_TAG       4
+#define SHARE_TAG        5
 #define LONGEST_SLEEP_US 200u
 
 /* Heads a message of rows; then packet_place[ranks of the receiving node], their packet_row records, their packet_entry records,
@@ -42,6 +43,7 @@ typedef struct {
 /* A node other than this rank's. */
 typedef struct {
     int node, gateway;    /* gateway: its rank that takes this rank's messages */
+    int first;            /* its first rank */
     char *rows, *results; /* messages out and home */
     size_t results_bytes;
     packet_row *own_row; /* [max_rows] .row: own row of each packed one */
@@ -59,7 +61,7 @@ typedef struct {
 } far_source;
 
 /* Where requests of each kind lie in mpi_links.requests, and how many of them are under way. */
-typedef enum { ROWS_OUT, ROWS_IN, RESULTS_IN, RESULTS_OUT, SPILLS_OUT, SPILLS_IN, N_KINDS } kind;
+typedef enum { ROWS_OUT, ROWS_IN, RESULTS_IN, RESULTS_OUT, SPILLS_OUT, SPILLS_IN, SHARE_OUT, SHARE_IN, N_KINDS } kind;
 
 typedef struct {
     exchange_node near;
@@ -67,11 +69,12 @@ typedef struct {
     far_node *nodes;     /* [n_nodes] those of other nodes */
     far_source *sources; /* [n_sources] */
     int n_nodes, n_sources;
-    size_t slot_bytes;    /* of one message in the relay section */
-    int *gateway_local;   /* [size] for a rank of another node: which rank of this node takes its messages, */
-    int *gateway_slot;    /* [size] and into which slot */
-    uint32_t *packed;     /* [max_rows] scratch: 1 + packed place of an own row, 0: not in this message */
-    uint32_t relay_layer; /* the layer whose messages are awaited or have arrived */
+    size_t slot_bytes;     /* of one message in the relay section */
+    int *gateway_local;    /* [size] for a rank of another node: which rank of this node takes its messages, */
+    int *gateway_slot;     /* [size] and into which slot */
+    int32_t *node_numbers; /* [ranks of this node][shape.share] on its first rank */
+    uint32_t *packed;      /* [max_rows] scratch: 1 + packed place of an own row, 0: not in this message */
+    uint32_t relay_layer;  /* the layer whose messages are awaited or have arrived */
     int first[N_KINDS + 1], pending[N_KINDS];
     MPI_Request *requests;
     int *done; /* scratch of MPI_Testsome */
@@ -124,6 +127,7 @@ static status allocate_nodes(exchange *x, mpi_links *m)
     for (int i = 0; i < m->n_nodes; i++) {
         far_node *f = &m->nodes[i];
         f->node = i < g->node ? i : i + 1;
+        f->first = g->rank_at[g->first_of_node[f->node]];
         f->gateway = g->rank_at[g->first_of_node[f->node] + g->local % g->size_of_node[f->node]];
         TRY(exchange_allocate(x, most_message_bytes(x, g->size_of_node[f->node]), &f->rows));
         TRY(exchange_allocate(x, most_result_bytes(x), &f->results));
@@ -141,7 +145,8 @@ static status allocate_nodes(exchange *x, mpi_links *m)
 
 static void number_requests(mpi_links *m)
 {
-    const int counts[N_KINDS] = {m->n_nodes, m->n_sources, m->n_nodes, m->n_sources, m->n_sources, m->n_nodes};
+    const int counts[N_KINDS] = {m->n_nodes,   m->n_sources, m->n_nodes, m->n_sources,
+                                 m->n_sources, m->n_nodes,   m->n_nodes, m->n_nodes};
     for (int k = 0; k < N_KINDS; k++)
         m->first[k + 1] = m->first[k] + counts[k];
 }
@@ -152,7 +157,8 @@ static status allocate_links(exchange *x, mpi_links *m, size_t *relay_bytes)
     m->gateway_local = calloc(size, sizeof(int));
     m->gateway_slot = calloc(size, sizeof(int));
     m->packed = calloc((size_t)x->shape.max_rows, sizeof *m->packed);
-    if (!m->gateway_local || !m->gateway_slot || !m->packed)
+    m->node_numbers = calloc((size_t)x->g->n_local * (size_t)x->shape.share + 1, sizeof *m->node_numbers);
+    if (!m->gateway_local || !m->gateway_slot || !m->packed || !m->node_numbers)
         return status_fail(STATUS_NO_MEMORY, "rank %d: no memory for the links to %d ranks", x->rank, x->size);
     int slots = assign_gateways(x, m);
     number_requests(m);
@@ -231,6 +237,7 @@ static void mpi_close(exchange *x)
     free(m->gateway_local);
     free(m->gateway_slot);
     free(m->packed);
+    free(m->node_numbers);
     free(m->requests);
     free(m->done);
     free(m);
@@ -320,6 +327,8 @@ static status progress(exchange *x)
 
 static int peer_of(const mpi_links *m, kind k, int i)
 {
+    if (k == SHARE_OUT || k == SHARE_IN)
+        return m->nodes[i].first;
     bool to_node = k == ROWS_OUT || k == RESULTS_IN || k == SPILLS_IN;
     return to_node ? m->nodes[i].gateway : m->sources[i].rank;
 }
@@ -360,6 +369,54 @@ static status wait_near(exchange *x, node_event *event, uint32_t layer, int loca
         if (st != STATUS_OK && !node_event_reached(event, layer))
             return st;
     }
+    return STATUS_OK;
+}
+
+/* ---- numbers for all ---- */
+
+/* The node's first rank: this node's numbers to the other nodes' first ranks, theirs into its window. */
+static status gather_numbers(exchange *x, int n)
+{
+    mpi_links *m = x->mine;
+    const group *g = x->g;
+    size_t count = (size_t)n;
+    int32_t *gathered = exchange_node_gathered(x, &m->near);
+    for (int i = 0; i < g->n_local; i++)
+        memcpy(m->node_numbers + (size_t)i * count, exchange_node_shared(x, &m->near, i), count * sizeof *gathered);
+    for (int i = 0; i < m->n_nodes; i++) {
+        const far_node *f = &m->nodes[i];
+        size_t at = (size_t)g->first_of_node[f->node] * count,
+               bytes = (size_t)g->size_of_node[f->node] * count * sizeof *gathered;
+        TRY(start_receive(x, SHARE_IN, i, gathered + at, bytes, f->first, SHARE_TAG));
+        TRY(start_send(x, SHARE_OUT, i, m->node_numbers, (size_t)g->n_local * count * sizeof *gathered, f->first, SHARE_TAG));
+    }
+    TRY(wait_kind(x, SHARE_IN, "counts before layer exchange"));
+    TRY(wait_kind(x, SHARE_OUT, "receipt of counts before layer exchange"));
+    node_event_raise(&exchange_node_board(&m->near, g->local)->gathered, x->shares);
+    return STATUS_OK;
+}
+
+static status mpi_share(exchange *x, const int32_t *mine, int n, int32_t *all)
+{
+    mpi_links *m = x->mine;
+    const group *g = x->g;
+    size_t count = (size_t)n;
+    exchange_node_share(x, &m->near, mine, n);
+    for (int i = 0; i < g->n_local; i++) {
+        if (i != g->local)
+            TRY(wait_near(x, &exchange_node_board(&m->near, i)->shared, x->shares, i, "counts number"));
+        memcpy(all + (size_t)m->near.peers->ranks[i] * count, exchange_node_shared(x, &m->near, i), count * sizeof *all);
+    }
+    if (m->n_nodes == 0)
+        return STATUS_OK;
+    if (g->local == 0)
+        TRY(gather_numbers(x, n));
+    else
+        TRY(wait_near(x, &exchange_node_board(&m->near, 0)->gathered, x->shares, 0, "counts of other nodes, number"));
+    const int32_t *gathered = exchange_node_gathered(x, &m->near);
+    for (int k = 0; k < g->size; k++)
+        if (g->node_of_rank[g->rank_at[k]] != g->node)
+            memcpy(all + (size_t)g->rank_at[k] * count, gathered + (size_t)k * count, count * sizeof *all);
     return STATUS_OK;
 }
 
@@ -499,7 +556,7 @@ static status read_relayed(exchange *x, int source)
                             .n_entries = mine->n_entries};
     if (m->gateway_local[source] != x->g->local) {
         x->rows_relayed[m->near.peers->ranks[m->gateway_local[source]]] += mine->n_rows;
-        x->stats.bytes_same_node += mine->n_rows * x->row_bytes;
+        x->stats.bytes_relayed += mine->n_rows * x->row_bytes;
     }
     from->rows = message + head->rows_at;
     from->row_bytes = x->row_bytes;
@@ -685,6 +742,7 @@ const exchange_way exchange_way_mpi = {
     .name = "mpi",
     .open = mpi_open,
     .close = mpi_close,
+    .share = mpi_share,
     .begin = mpi_begin,
     .send = mpi_send,
     .wait = mpi_wait,

@@ -17,6 +17,8 @@
  *             return(L), the last use of the packet. One set would not do; two need no wait of their own.
  *   results,  B writes those of L + 1 after its wait(L + 1), which has seen `sent` L + 1 of every rank; a rank sends L + 1
  *   spills    after it has combined L. The same holds for a gateway that reads them for another node.
+ *   numbers   two sets, by the parity of shares: a rank writes those of share S + 2 after it has seen `shared` S + 1 of all, and
+ *             a rank shares S + 1 after it has read all of S. The same holds for what the first rank gathers.
  *   relay     the gateway lets the next message in when all ranks of the node have returned L.
  *
  * Sections are address space for the worst case (every row of the job comes here); memory is set aside for what routing
@@ -24,6 +26,7 @@
 #include "router/exchange_node.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 #define PAGE   ((size_t)4096)
 #define ADVICE "lower --max-rows"
@@ -62,6 +65,11 @@ static void lay_out(exchange *x, exchange_node *n, size_t relay_bytes)
         n->places[i] = section(&end, (size_t)x->size * sizeof(packet_place));
         n->packet_rows[i] = section(&end, packet_max_rows(s->max_rows, s->top_k, x->size) * sizeof(packet_row));
         n->packet_entries[i] = section(&end, entries * sizeof(packet_entry));
+    }
+    size_t numbers = (size_t)s->share * sizeof(int32_t), others_too = x->g->n_nodes > 1 ? (size_t)x->size : 0;
+    for (int i = 0; i < 2; i++) {
+        n->share[i] = section(&end, numbers);
+        n->gathered[i] = section(&end, numbers * others_too);
     }
     n->result_places = section(&end, (size_t)x->size * sizeof(result_place));
     n->rows = section(&end, (size_t)s->max_rows * x->row_stride * row_element(x));
@@ -129,6 +137,24 @@ char *exchange_node_at(const exchange_node *n, int local, size_t offset)
 node_board *exchange_node_board(const exchange_node *n, int local)
 {
     return (node_board *)(void *)exchange_node_at(n, local, 0);
+}
+
+/* ---- numbers for all ---- */
+
+void exchange_node_share(const exchange *x, const exchange_node *n, const int32_t *mine, int count)
+{
+    memcpy(exchange_node_at(n, n->peers->mine, n->share[x->shares & 1]), mine, (size_t)count * sizeof *mine);
+    node_event_raise(&exchange_node_board(n, n->peers->mine)->shared, x->shares);
+}
+
+const int32_t *exchange_node_shared(const exchange *x, const exchange_node *n, int local)
+{
+    return (const int32_t *)(void *)exchange_node_at(n, local, n->share[x->shares & 1]);
+}
+
+int32_t *exchange_node_gathered(const exchange *x, const exchange_node *n)
+{
+    return (int32_t *)(void *)exchange_node_at(n, 0, n->gathered[x->shares & 1]);
 }
 
 /* ---- out ---- */

@@ -22,6 +22,8 @@ typedef struct {
 typedef struct {
     node_event sent;     /* its packets and rows are there              */
     node_event relayed;  /* other nodes' messages it receives are there */
+    node_event shared;   /* its numbers of exchange_share() are there (counts of shares) */
+    node_event gathered; /* the node's first rank: other nodes' numbers are there       */
     node_event returned; /* its results are there, and it reads no rows any more */
 } node_board;
 
@@ -31,6 +33,7 @@ typedef struct {
     bool spin;
     size_t places[2], packet_rows[2], packet_entries[2]; /* offsets of sections; the same in all windows of the node */
     size_t rows, result_places, results, spills, relay, end;
+    size_t share[2], gathered[2]; /* numbers: own; on the node's first rank other nodes', by node and place in it */
     size_t results_worst, results_ready, spills_worst, spills_ready; /* bytes; ready: set aside */
 } exchange_node;
 
@@ -40,6 +43,12 @@ void exchange_node_close(exchange *x, exchange_node *n);
 
 node_board *exchange_node_board(const exchange_node *n, int local);
 char *exchange_node_at(const exchange_node *n, int local, size_t offset);
+
+/* Own numbers where the node's other ranks read them; theirs, whose `shared` has been reached; and those of other nodes, which
+ * the first rank has gathered. */
+void exchange_node_share(const exchange *x, const exchange_node *n, const int32_t *mine, int count);
+const int32_t *exchange_node_shared(const exchange *x, const exchange_node *n, int local);
+int32_t *exchange_node_gathered(const exchange *x, const exchange_node *n);
 
 /* Where packets of the layer that begins go. */
 void exchange_node_begin(exchange *x, exchange_node *n);

@@ -40,6 +40,10 @@ static const struct {
       .count = true,
       .weights = WEIGHTS_COPY,
       .seed = 11}},
+    {"plans change, replicas by the step's load",
+     false,
+     false,
+     {.chunk = 16, .max_sequences = 8, .threads = 2, .replan = true, .replicas = REPLICA_STEP, .seed = 7}},
     {"statistics are asked for", false, false, {.chunk = 16, .max_sequences = 8, .threads = 1, .count = true, .seed = 6}},
 };
 

@@ -66,7 +66,8 @@ static status all_shapes(group *g, int layers, uint64_t seed)
                                         .max_rows = rows[(i + format) % 3],
                                         .n_threads = 1 + i,
                                         .combine = (combine_mode)mode,
-                                        .rows = (row_format)format};
+                                        .rows = (row_format)format,
+                                        .share = 5 * i};
                 TRY(check_shape_of(g, &shape, layers, seed + (uint64_t)n++));
             }
     return STATUS_OK;
@@ -74,7 +75,7 @@ static status all_shapes(group *g, int layers, uint64_t seed)
 
 static status forever(group *g)
 {
-    exchange_shape shape = {.hidden = 64, .top_k = 4, .max_rows = 16, .n_threads = 1, .combine = COMBINE_FIXED};
+    exchange_shape shape = {.hidden = 64, .top_k = 4, .max_rows = 16, .n_threads = 1, .combine = COMBINE_FIXED, .share = 300};
     exchange *x;
     exchange_check check;
     uint64_t shared = 1, random = (uint64_t)group_rank(g);

@@ -275,6 +275,7 @@ void support_mix_run(group *g, const char *dir, const mix_setting *s, mix_answer
                          .threads = s->threads,
                          .combine = COMBINE_FIXED,
                          .weights = s->weights,
+                         .replicas = s->replicas,
                          .limits = {.max_sequences = s->max_sequences,
                                     .chunk = s->chunk,
                                     .max_length = MIX_LENGTH,

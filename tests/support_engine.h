@@ -36,6 +36,7 @@ typedef struct {
     bool replan;     /* another random plan every few steps, some of them before the last is live; all must be live in the end */
     bool count;      /* ask for the statistics every few steps; they must add up to those of a run that asks for none */
     weights_mode weights;
+    replica_choice replicas;
     uint64_t seed; /* of the disturbances, and of the order of submission */
 } mix_setting;
 

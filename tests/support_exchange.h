@@ -231,6 +231,30 @@ static inline status check_stats(const exchange_check *c, const exchange *x, con
     return STATUS_OK;
 }
 
+static inline int32_t check_number(int rank, int i, uint64_t key)
+{
+    return (int32_t)((uint64_t)rank * 7919 + (uint64_t)i * 104729 + key);
+}
+
+/* [all] All ranks' numbers, as many as `shared_random` says. */
+static inline status check_share(exchange_check *c, exchange *x, const group *g, uint64_t *shared_random)
+{
+    int n = support_below(shared_random, c->shape.share + 1), size = group_size(g);
+    uint64_t key = (uint64_t)support_below(shared_random, 1000);
+    int32_t *mine = calloc((size_t)n + 1, sizeof *mine), *all = calloc((size_t)n * (size_t)size + 1, sizeof *all);
+    bool good = true;
+    for (int i = 0; i < n; i++)
+        mine[i] = check_number(group_rank(g), i, key);
+    status st = exchange_share(x, mine, n, all);
+    for (int r = 0; r < size; r++)
+        for (int i = 0; i < n; i++)
+            good &= all[r * n + i] == check_number(r, i, key);
+    free(mine);
+    free(all);
+    TRY(st);
+    return good ? STATUS_OK : status_fail(STATUS_BAD_INPUT, "rank %d got other numbers than were shared", group_rank(g));
+}
+
 /* [all] One layer. `random` differs between ranks, `shared_random` does not; `pause` may sleep (NULL: not). */
 static inline status exchange_check_layer(exchange_check *c, exchange *x, group *g, uint64_t *random, uint64_t *shared_random,
                                           void (*pause)(uint64_t *random))
@@ -242,6 +266,8 @@ static inline status exchange_check_layer(exchange_check *c, exchange *x, group 
     check_count(c, g);
     if (pause)
         pause(random);
+    for (int i = support_below(shared_random, 3); i > 0 && c->shape.share > 0; i--)
+        TRY(check_share(c, x, g, shared_random));
     TRY(exchange_send(x, c->n_rows, c->routes, c->shape.combine == COMBINE_FIXED ? c->exponents : NULL));
     bool own_first = support_below(random, 2);
     if (own_first)

@@ -41,7 +41,8 @@ static void rows_come_home(void **state)
                                                 .max_rows = 23,
                                                 .n_threads = 2,
                                                 .combine = (combine_mode)mode,
-                                                .rows = (row_format)format},
+                                                .rows = (row_format)format,
+                                                .share = k},
                                30);
 }
 

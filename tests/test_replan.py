@@ -11,6 +11,7 @@
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -82,8 +83,14 @@ def under_streams(server, pb, name, reference, do):
     return max(s.gap for s in waves[0])
 
 
+def epoch_in_journal(path):
+    with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as db:
+        return db.execute("SELECT plan_epoch FROM launch ORDER BY number DESC LIMIT 1").fetchone()[0]
+
+
 def test_flips(pb, folder, reference):
-    with by_hand(folder) as server:
+    journal = os.path.join(folder, "journal.sqlite")
+    with by_hand(folder, "--journal", journal) as server:
         assert get(server)["plan"] == "contiguous"
         assert ask(server) == 409  # nothing was counted
         quiet = []
@@ -109,6 +116,7 @@ def test_flips(pb, folder, reference):
             streams = start_streams(server, pb, f"after-{i}")
             end_streams(streams)
             same(streams, reference)
+        assert epoch_in_journal(journal) == FLIPS
         assert " steps: the busiest rank " in get(server)["last"], get(server)
         print(f"longest gap in a stream: undisturbed {max(quiet) * 1e3:.0f} ms, while a plan went live " +
               ", ".join(f"{g * 1e3:.0f}" for g in gaps) + " ms", flush=True)
@@ -144,14 +152,18 @@ def test_losses(pb, folder, reference):
         print(f"a rank lost while experts moved, another later: {plan['plan']} is in force", flush=True)
 
 
-def has_planner():
+def planner():
+    """How a server plans: by itself where convoke-plan was built."""
     program = os.path.join(serving.BINARY, "convoke-plan")
-    return os.access(program, os.X_OK) and subprocess.run([program, "solve", "--help"], capture_output=True, check=False).returncode == 0
+    if not os.access(program, os.X_OK):
+        return ["--planner", PLAIN]
+    solvers = subprocess.run([program, "solve", "--solver", "list"], capture_output=True, check=True, text=True).stdout
+    return [] if "\nauto " in solvers else ["--plan-solver", "lpt"]
 
 
 def test_alone(pb, folder, reference):
-    planner = [] if has_planner() else ["--planner", PLAIN]
-    with start(folder, "--plan-seconds", "5", "--replan-balance", "1.02", "--replan-pause", "2", *planner) as server:
+    how = planner()
+    with start(folder, "--plan-seconds", "5", "--replan-balance", "1.02", "--replan-pause", "2", *how) as server:
         until = time.monotonic() + 60 * serving.SLOW
         n = 0
         while not get(server)["last"] and time.monotonic() < until:
@@ -166,7 +178,7 @@ def test_alone(pb, folder, reference):
         wait(server, lambda p: p["state"] != "planning")
         for line in said.splitlines():
             if "plan" in line and "worker" not in line:
-                print(("convoke-plan: " if not planner else "plain planner: ") + line, flush=True)
+                print(" ".join(how) + " " * bool(how) + line, flush=True)
 
 
 def main():

@@ -20,7 +20,8 @@ typedef struct {
 
 static void instance_make(uint64_t *seed, int number, double replica_share, instance *out)
 {
-    int n_experts = 1 + support_below(seed, number % 5 == 0 ? 300 : 24), n_ranks = 1 + support_below(seed, 8);
+    int n_experts = 1 + support_below(seed, number % 5 == 0 ? 300 : 24);
+    int n_ranks = number % 7 == 6 ? 13 + support_below(seed, 20) : 1 + support_below(seed, 8);
     int top_k = 1 + support_below(seed, n_experts < 6 ? n_experts : 6), places = 1 + support_below(seed, 12);
     bool affinity = number % 3 == 1;
     routing_shape shape = support_routing_shape(1 + support_below(seed, 3), n_experts, top_k, 2);
@@ -146,7 +147,8 @@ static void same_result(int number, const cJSON *want, const replay_result *got)
     same_value(number, want, "max_over_mean_mean", got->max_over_mean_mean);
     same_value(number, want, "max_over_mean_worst", got->max_over_mean_worst);
     same_value(number, want, "max_over_mean_step", got->max_over_mean_step);
-    same_value(number, want, "split_gap", got->split_gap);
+    if (got->n_ranks <= 12) /* the reference goes through all sets of ranks */
+        same_value(number, want, "split_gap", got->split_gap);
     same_list(number, want, "layer_us", got->layer_us, got->n_layers);
     same_list(number, want, "max_over_mean", got->max_over_mean, got->n_layers);
     same_list(number, want, "step_times", got->step_times, got->n_steps);

@@ -441,6 +441,8 @@ static topology topology_of(int ranks, int per_node)
         t.local_index[r] = r % per_node;
         t.n_nodes = r / per_node + 1;
     }
+    for (int r = 0; r < ranks; r++) /* ranks of uneven speed */
+        t.row_us[r] *= 1 + 0.3 * (r % 3);
     return t;
 }
 
@@ -498,9 +500,11 @@ static void assert_replayed(int ranks, int per_node, int kind, const char *repli
     topology t = topology_of(ranks, per_node);
     write_plan("qwen3_moe", ranks, kind, (uint64_t)(ranks * 10 + kind), path);
     snprintf(arguments, sizeof arguments,
-             "--model %s --input %s --plan %s --replicas %s --greedy 9 --batch 5 --chunk 13 --threads 1 --ranks-per-node %d "
-             "--routing %s --json",
-             support_data("qwen3_moe"), in_scratch("mixed.jsonl"), path, replicas, per_node, in_scratch("trace"));
+             "--model %s --input %s --plan %s --replicas %s --topology %s --greedy 9 --batch 5 --chunk 13 --threads 1 "
+             "--ranks-per-node %d --routing %s --json",
+             support_data("qwen3_moe"), in_scratch("mixed.jsonl"), path, replicas, in_scratch("topology"), per_node,
+             in_scratch("trace"));
+    assert_int_equal(topology_write(&t, in_scratch("topology")), STATUS_OK);
     score_or_fail(ranks, arguments);
     assert_int_equal(plan_read(path, NULL, &p), STATUS_OK);
     replay_result r = replay_trace(&p, &t, rule);
@@ -520,10 +524,20 @@ static void replay_counts_what_was_sent(void **state)
             assert_replayed(layouts[i][0], layouts[i][1], kind, "owner-first", REPLICAS_BY_SHARE);
 }
 
+static void replicas_by_the_step_are_replayed(void **state)
+{
+    (void)state;
+    static const int layouts[][2] = {{2, 0}, {4, 0}, {3, 2}, {4, 2}};
+    write_mixed_lines();
+    for (size_t i = 0; i < sizeof layouts / sizeof *layouts; i++)
+        assert_replayed(layouts[i][0], layouts[i][1], 3, "step", REPLICAS_BY_STEP);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         {"rows on every link are those that the replay counts, exactly", replay_counts_what_was_sent, NULL, NULL, NULL},
+        {"with replicas by the step's load, too", replicas_by_the_step_are_replayed, NULL, NULL, NULL},
         {"mixtral: 1 to 4 ranks, every plan, exact and fixed: the same bits", mixtral_is_the_same, NULL, NULL, NULL},
         {"olmoe: 1 to 4 ranks, every plan, exact and fixed: the same bits", olmoe_is_the_same, NULL, NULL, NULL},
         {"qwen2_moe: 1 to 4 ranks, every plan, exact and fixed: the same bits", qwen2_is_the_same, NULL, NULL, NULL},

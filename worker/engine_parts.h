@@ -158,7 +158,7 @@ void plans_decide(engine *e, wire_step *head);
 void plans_put(engine *e, const wire_step *head);
 void plans_hear(engine *e, int rank, const wire_report *report, const char *sentence);
 void plans_conclude(engine *e);
-void plans_obey(engine *e, const wire_step *head, bytes_reader *r);
+status plans_obey(engine *e, const wire_step *head, bytes_reader *r);
 const char *plans_report(engine *e, wire_report *report);
 
 /* engine_counts.c; likewise */

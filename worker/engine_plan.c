@@ -195,7 +195,7 @@ static void forget(engine *e)
     e->wish_failed[0] = '\0';
 }
 
-static void flip(engine *e)
+static status flip(engine *e)
 {
     expert_copies_flip(e->copies);
     plan_clear(&e->own_plan);
@@ -205,10 +205,10 @@ static void flip(engine *e)
     e->plan_epoch = e->next_epoch;
     e->next_epoch = 0;
     e->parts.plan = &e->own_plan;
-    model_set_plan(e->model, &e->own_plan);
+    return model_set_plan(e->model, &e->own_plan);
 }
 
-void plans_obey(engine *e, const wire_step *head, bytes_reader *r)
+status plans_obey(engine *e, const wire_step *head, bytes_reader *r)
 {
     switch ((wire_plan_verb)head->plan_verb) {
     case PLAN_NEW:
@@ -218,11 +218,11 @@ void plans_obey(engine *e, const wire_step *head, bytes_reader *r)
         forget(e);
         break;
     case PLAN_FLIP:
-        flip(e);
-        break;
+        return flip(e);
     case PLAN_STAYS:
         break;
     }
+    return STATUS_OK;
 }
 
 /* Returns the sentence where the wish has failed. */

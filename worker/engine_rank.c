@@ -172,7 +172,7 @@ static status read_message(engine *e, const void *bytes, size_t size, wire_step_
             sequence *s = &e->places[step->growths[i].place];
             s->blocks[s->n_blocks++] = step->growths[i].block;
         }
-    plans_obey(e, &step->head, &r);
+    TRY(plans_obey(e, &step->head, &r));
     counts_obey(e, &step->head);
     e->n_rows = e->n_spans = 0;
     for (uint32_t i = 0; i < step->head.n_rows; i++)
@@ -565,7 +565,7 @@ static void fill_head(engine *e)
     memcpy(&head, e->report.data, sizeof head);
     head.expert_rows = t->expert_rows;
     head.link_bytes[0] = x->bytes_same_rank;
-    head.link_bytes[1] = x->bytes_same_node + x->return_bytes_same_node;
+    head.link_bytes[1] = x->bytes_same_node + x->bytes_relayed + x->return_bytes_same_node;
     head.link_bytes[2] = x->bytes_cross_node + x->return_bytes_cross_node;
     head.wait_seconds = x->wait_seconds;
     head.compute_seconds = t->attention_seconds + t->expert_seconds + t->head_seconds;

@@ -6,6 +6,7 @@
  */
 #include "worker/model.h"
 
+#include "placement/replica_split.h"
 #include "proto/clock.h"
 #include "router/gate.h"
 #include "worker/buffers.h"
@@ -50,6 +51,14 @@ struct model {
     long task_cost;
     size_t x_stride, q_width, kv_width, buffer_bytes;
     uint32_t turn; /* rows routed so far: the round of replica choice */
+    /* REPLICA_STEP */
+    replica_split *split;
+    int split_copies;     /* copies of a layer that there is room for */
+    int32_t *own_counts;  /* [n_experts] rows of this rank, this layer */
+    int32_t *all_counts;  /* [n_ranks][n_experts] */
+    int32_t *expert_rows; /* [n_experts] of all ranks */
+    int32_t *copy_rows;   /* [split_copies] */
+    int32_t *quota;       /* [n_ranks][split_copies] rows of each owner that go to each copy */
     model_times times;
     /* the layer that is running */
     const batch *batch;
@@ -120,10 +129,57 @@ static status create_exchange(model *m)
                         .max_rows = m->parts.max_rows,
                         .n_threads = thread_pool_size(m->parts.pool),
                         .combine = m->parts.combine,
-                        .rows = m->parts.rows};
+                        .rows = m->parts.rows,
+                        .share = m->parts.replicas == REPLICA_STEP ? c->n_experts : 0};
     TRY(exchange_create(m->parts.group, &x, &m->exchange));
     m->buffer_bytes += exchange_buffer_bytes(m->exchange);
     return STATUS_OK;
+}
+
+static int layer_copies(const plan *p, int layer)
+{
+    const int *first = p->first_copy + (size_t)layer * (size_t)p->n_experts;
+    return first[p->n_experts] - first[0];
+}
+
+static status reserve_split(model *m, const plan *p)
+{
+    int most = 0;
+    for (int l = 0; l < p->n_layers; l++)
+        most = layer_copies(p, l) > most ? layer_copies(p, l) : most;
+    if (most <= m->split_copies)
+        return STATUS_OK;
+    replica_split *split;
+    size_t n_ranks = (size_t)p->n_ranks, copies = (size_t)most;
+    TRY(replica_split_create(p->n_ranks, p->n_experts, most, &split));
+    int32_t *copy_rows = calloc(copies, sizeof *copy_rows), *quota = calloc(n_ranks * copies, sizeof *quota);
+    if (!copy_rows || !quota) {
+        replica_split_destroy(split);
+        free(copy_rows);
+        free(quota);
+        return status_fail(STATUS_NO_MEMORY, "no memory to split rows over %d copies", most);
+    }
+    replica_split_destroy(m->split);
+    free(m->copy_rows);
+    free(m->quota);
+    m->split = split;
+    m->copy_rows = copy_rows;
+    m->quota = quota;
+    m->split_copies = most;
+    return STATUS_OK;
+}
+
+static status create_split(model *m)
+{
+    size_t n_experts = (size_t)m->parts.config->n_experts, n_ranks = (size_t)group_size(m->parts.group);
+    if (m->parts.replicas != REPLICA_STEP)
+        return STATUS_OK;
+    m->own_counts = calloc(n_experts, sizeof *m->own_counts);
+    m->all_counts = calloc(n_ranks * n_experts, sizeof *m->all_counts);
+    m->expert_rows = calloc(n_experts, sizeof *m->expert_rows);
+    if (!m->own_counts || !m->all_counts || !m->expert_rows)
+        return status_fail(STATUS_NO_MEMORY, "no memory to count the rows of %zu experts on %zu ranks", n_experts, n_ranks);
+    return reserve_split(m, m->parts.plan);
 }
 
 /* What a rank does by itself; other ranks may fail at it alone. */
@@ -131,6 +187,7 @@ static status create_local(model *m)
 {
     const model_config *c = m->parts.config;
     TRY(gate_policy_check(&m->policy));
+    TRY(create_split(m));
     TRY(take_buffers(m));
     TRY(rope_tables(&c->rope, c->head_dim, c->max_positions, m->parts.max_length, &m->cos_table, &m->sin_table));
     return create_experts(m);
@@ -166,20 +223,25 @@ void model_destroy(model *m)
         return;
     exchange_destroy(m->exchange);
     experts_destroy(m->experts);
-    void *all[] = {m->cos_table, m->sin_table, m->h,           m->x,
-                   m->q,         m->k,         m->v,           m->attended,
-                   m->y,         m->shared,    m->gate_logits, m->gate_scratch,
-                   m->head_x,    m->logits,    m->chosen,      m->chosen_weights,
-                   m->routes,    m->exponents, m->tasks,       m->positions,
-                   m->bad_layer, m->layer_load};
+    void *all[] = {m->cos_table,   m->sin_table,  m->h,           m->x,
+                   m->q,           m->k,          m->v,           m->attended,
+                   m->y,           m->shared,     m->gate_logits, m->gate_scratch,
+                   m->head_x,      m->logits,     m->chosen,      m->chosen_weights,
+                   m->routes,      m->exponents,  m->tasks,       m->positions,
+                   m->bad_layer,   m->layer_load, m->own_counts,  m->all_counts,
+                   m->expert_rows, m->copy_rows,  m->quota};
+    replica_split_destroy(m->split);
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         free(all[i]);
     free(m);
 }
 
-void model_set_plan(model *m, const plan *p)
+status model_set_plan(model *m, const plan *p)
 {
+    if (m->parts.replicas == REPLICA_STEP)
+        TRY(reserve_split(m, p));
     m->parts.plan = p;
+    return STATUS_OK;
 }
 
 size_t model_buffer_bytes(const model *m)
@@ -453,6 +515,40 @@ static void choose_row(model *m, int r, float *scratch)
     }
 }
 
+/* Every rank knows all ranks' counts of rows per expert, and works out alike which copy computes how many rows of each owner;
+ * this rank's rows take the copies in the order of rows and of the plan. */
+static status split_rows(model *m)
+{
+    const model_config *c = m->parts.config;
+    const plan *p = m->parts.plan;
+    size_t k = (size_t)c->top_k, n = (size_t)m->batch->n_rows * k, n_experts = (size_t)c->n_experts;
+    memset(m->own_counts, 0, n_experts * sizeof *m->own_counts);
+    for (size_t i = 0; i < n; i++)
+        if (m->routes[i].expert != GATE_NO_EXPERT)
+            m->own_counts[m->routes[i].expert]++;
+    TRY(exchange_share(m->exchange, m->own_counts, c->n_experts, m->all_counts));
+    memset(m->expert_rows, 0, n_experts * sizeof *m->expert_rows);
+    for (size_t r = 0; r < (size_t)p->n_ranks; r++)
+        for (size_t e = 0; e < n_experts; e++)
+            m->expert_rows[e] += m->all_counts[r * n_experts + e];
+    const topology *t = m->parts.topology;
+    replica_split_rows(m->split, p, m->moe_layer, t->row_us, t->expert_us, m->expert_rows, m->copy_rows);
+    replica_split_owners(m->split, p, m->moe_layer, p->n_ranks, m->all_counts, m->copy_rows, m->quota);
+    const int *first = p->first_copy + (size_t)m->moe_layer * n_experts;
+    int32_t *quota = m->quota + (size_t)group_rank(m->parts.group) * (size_t)(first[n_experts] - first[0]);
+    for (size_t i = 0; i < n; i++) {
+        route *to = &m->routes[i];
+        if (to->expert == GATE_NO_EXPERT)
+            continue;
+        int copy = first[to->expert];
+        while (copy < first[to->expert + 1] - 1 && quota[copy - first[0]] == 0)
+            copy++;
+        quota[copy - first[0]]--;
+        to->rank = (uint16_t)p->copy_ranks[copy];
+    }
+    return STATUS_OK;
+}
+
 static void pass_choose(void *arg, int thread, int n_threads)
 {
     model *m = arg;
@@ -514,6 +610,8 @@ static status moe(model *m)
     double t0 = clock_seconds();
     m->rows = exchange_rows(m->exchange, &m->rows_stride);
     route_rows(m, w);
+    if (m->parts.replicas == REPLICA_STEP && layer_copies(m->parts.plan, m->moe_layer) > m->parts.config->n_experts)
+        TRY(split_rows(m)); /* all ranks, rows or no rows */
     double t1 = clock_seconds();
     TRY(exchange_send(m->exchange, m->batch->n_rows, m->routes, m->parts.combine == COMBINE_FIXED ? m->exponents : NULL));
     double t2 = clock_seconds();

@@ -7,6 +7,7 @@
 #define CONVOKE_WORKER_MODEL_H
 
 #include "placement/plan.h"
+#include "placement/topology.h"
 #include "router/exchange.h"
 #include "worker/checkpoint.h"
 #include "worker/kv_cache.h"
@@ -34,6 +35,7 @@ typedef struct {
     const kernel_table *kernels;
     kv_cache *kv;
     replica_choice replicas;
+    const topology *topology; /* REPLICA_STEP: row_us and expert_us of each rank; borrowed */
     combine_mode combine;
     row_format rows;
     int max_rows;   /* rows this rank may own in one step */
@@ -54,7 +56,7 @@ void model_destroy(model *m);              /* NULL is fine */
 size_t model_buffer_bytes(const model *m); /* activations and exchange windows */
 
 /* Between batches, on all ranks alike: from now on rows go where `p` (borrowed) says. */
-void model_set_plan(model *m, const plan *p);
+status model_set_plan(model *m, const plan *p);
 /* [all] Runs the batch (may have no rows) up to the final norm, filling the KV cache at the rows' positions. */
 status model_forward(model *m, const batch *b);
 /* Logits of some rows of the batch just run: out [n][vocab], inside the model until the next call. n <= model_head_rows(). Not

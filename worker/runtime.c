@@ -12,6 +12,7 @@ struct runtime {
     model_config config;
     int *layer_numbers; /* [n_moe_layers] */
     plan plan;
+    topology topology;
     checkpoint *checkpoint;
     const model_weights *weights;
     thread_pool *pool;
@@ -87,6 +88,21 @@ static status make_plan(runtime *r, const runtime_options *o)
     return STATUS_OK;
 }
 
+static status make_topology(runtime *r, const runtime_options *o)
+{
+    int n = group_size(r->group);
+    if (!o->topology_path && !o->topology_text)
+        TRY(topology_uniform(n, 1, &r->topology));
+    else if (o->topology_path)
+        TRY(topology_read(o->topology_path, &r->topology));
+    else
+        TRY(topology_parse("the topology", o->topology_text, strlen(o->topology_text), &r->topology));
+    if (r->topology.n_ranks != n)
+        return status_fail(STATUS_BAD_INPUT, "%s: a topology of %d ranks; this job has %d",
+                           o->topology_path ? o->topology_path : "the topology", r->topology.n_ranks, n);
+    return STATUS_OK;
+}
+
 static void hear_checkpoint(void *arg, size_t done, size_t total)
 {
     const runtime_options *o = arg;
@@ -117,6 +133,7 @@ static status load(runtime *r, const runtime_options *o)
 {
     TRY(model_config_read(o->model_dir, &r->config));
     TRY(make_plan(r, o));
+    TRY(make_topology(r, o));
     TRY(bind_weights(r, o));
     r->threads = o->threads > 0 ? o->threads : runtime_default_threads(r->group);
     return thread_pool_create(r->threads, !group_shares_cores(r->group, r->threads), &r->pool);
@@ -152,6 +169,7 @@ static status create_engine(runtime *r, const runtime_options *o, engine_listene
                          .pool = r->pool,
                          .kernels = kernels_of(r->isa),
                          .replicas = o->replicas,
+                         .topology = &r->topology,
                          .combine = o->combine,
                          .rows = o->rows};
     return engine_create(&parts, &r->limits, listener, arg, &r->engine);
@@ -185,6 +203,7 @@ void runtime_destroy(runtime *r)
     thread_pool_destroy(r->pool);
     checkpoint_close(r->checkpoint);
     plan_clear(&r->plan);
+    topology_clear(&r->topology);
     model_config_clear(&r->config);
     free(r->layer_numbers);
     free(r);

@@ -19,6 +19,8 @@ typedef struct {
     combine_mode combine;
     row_format rows;
     replica_choice replicas;
+    const char *topology_path; /* NULL: topology_text, or the constants of topology_uniform(); for replicas by the step's load */
+    const char *topology_text; /* NULL, or a topology as JSON */
     /* Called on this rank while it loads, with bytes of its share of the weights (NULL: nobody asks, and mapped weights are not
      * read before the first step wants them). */
     void (*progress)(void *arg, const char *stage, size_t done_bytes, size_t total_bytes);

@@ -348,7 +348,7 @@ static void describe_rank(const score *s, score_rank *out)
     *out = (score_rank){.times = *model_get_times(m),
                         .wait_seconds = x->wait_seconds,
                         .bytes_same_rank = x->bytes_same_rank,
-                        .bytes_same_node = x->bytes_same_node,
+                        .bytes_same_node = x->bytes_same_node + x->bytes_relayed,
                         .bytes_cross_node = x->bytes_cross_node,
                         .return_same_node = x->return_bytes_same_node,
                         .return_cross_node = x->return_bytes_cross_node,

@@ -8,7 +8,7 @@
 #include <stdlib.h>
 
 typedef struct {
-    const char *model, *input, *plan, *logits, *routing, *stats;
+    const char *model, *input, *plan, *logits, *routing, *stats, *topology;
     int64_t greedy, threads, batch, chunk, kv_bytes, ranks_per_node;
     int combine, rows, weights, replicas;
     bool json;
@@ -32,8 +32,10 @@ static status parse(int argc, char **argv, command_line *c, options_wish *wish)
         {"rows", OPTION_CHOICE, &c->rows, .choices = "fp32|bf16", .fallback = "fp32", .help = "how token rows travel"},
         {"weights", OPTION_CHOICE, &c->weights, .choices = "map|copy", .fallback = "map",
          .help = "use weights where the file is mapped, or copy this rank's share"},
-        {"replicas", OPTION_CHOICE, &c->replicas, .choices = "owner-first|round-robin", .fallback = "owner-first",
-         .help = "which copy of a replicated expert computes a row"},
+        {"replicas", OPTION_CHOICE, &c->replicas, .choices = "owner-first|round-robin|step", .fallback = "owner-first",
+         .help = "which copy of a replicated expert computes a row (step: by the step's load)"},
+        {"topology", OPTION_STRING, &c->topology, .argument = "TOPOLOGY.json",
+         .help = "what computing costs on each rank, for --replicas step (default: constants)"},
         {"threads", OPTION_INT, &c->threads, .argument = "T", .environment = "CONVOKE_THREADS", .fallback = "0", .max = 1024,
          .help = "threads per rank (0: the node's cores over its ranks)"},
         {"batch", OPTION_INT, &c->batch, .argument = "B", .fallback = "32", .min = 1, .max = 65536,
@@ -66,7 +68,8 @@ static score_options make_options(const command_line *c)
                     .weights = c->weights == 0 ? WEIGHTS_MAP : WEIGHTS_COPY,
                     .combine = (combine_mode)c->combine,
                     .rows = c->rows == 0 ? ROWS_F32 : ROWS_BF16,
-                    .replicas = c->replicas == 0 ? REPLICA_OWNER_FIRST : REPLICA_ROUND_ROBIN,
+                    .replicas = (replica_choice)c->replicas,
+                    .topology_path = c->topology,
                     .limits = {.max_sequences = (int)c->batch, .chunk = (int)c->chunk, .kv_bytes = (size_t)c->kv_bytes}},
         .input_path = c->input,
         .logits_path = c->logits,

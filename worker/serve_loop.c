@@ -86,14 +86,17 @@ static status read_setup(const server *s, runtime_options *o)
 {
     static const char *const combines[] = {"exact", "fixed", "fast"}, *const weights[] = {"map", "copy"};
     static const char *const rows[] = {"fp32", "bf16"}, *domain = "served";
+    static const char *const replicas[] = {"owner-first", "round-robin", "step"};
     const Convoke__Control__Setup *from = s->setup;
-    int combine = COMBINE_FIXED, weight = 0, row = 0;
+    int combine = COMBINE_FIXED, weight = 0, row = 0, replica = 0;
     if (*from->combine)
         TRY(choose("combine", from->combine, combines, 3, &combine));
     if (*from->weights)
         TRY(choose("weights", from->weights, weights, 2, &weight));
     if (*from->rows)
         TRY(choose("rows", from->rows, rows, 2, &row));
+    if (*from->replicas)
+        TRY(choose("replicas", from->replicas, replicas, 3, &replica));
     if (!*from->model_dir)
         return status_fail(STATUS_BAD_INPUT, "the coordinator's setup names no model");
     if (from->max_sequences > 65536 || from->max_length > INT_MAX || from->threads > 1024)
@@ -107,7 +110,8 @@ static status read_setup(const server *s, runtime_options *o)
                            .weights = weight == 0 ? WEIGHTS_MAP : WEIGHTS_COPY,
                            .combine = (combine_mode)combine,
                            .rows = row == 0 ? ROWS_F32 : ROWS_BF16,
-                           .replicas = REPLICA_OWNER_FIRST,
+                           .replicas = (replica_choice)replica,
+                           .topology_text = *from->topology_json ? from->topology_json : NULL,
                            .progress = show_progress,
                            .progress_arg = group_pulse_of(s->group, group_rank(s->group)),
                            .limits = {.max_sequences = from->max_sequences ? (int)from->max_sequences : DEFAULT_SEQUENCES,
