@@ -258,6 +258,8 @@ static status take_launch(live_plan *lp, const Convoke__Control__Ready *ready, c
         TRY(contiguous(lp, ready, &lp->present));
     if (lp->present.plan.n_experts != (int)ready->n_experts || lp->present.plan.n_layers != (int)ready->n_layers)
         return status_fail(STATUS_BAD_INPUT, "the plan is not of the model that runs");
+    for (int r = 0; r < lp->n_ranks; r++) /* a plan that was kept may say where ranks were then */
+        lp->present.plan.node_of_rank[r] = (int)hello->node_of_rank[r];
     double *shares = realloc(lp->share_of_rank, (size_t)lp->n_ranks * sizeof *shares);
     if (!shares || !plan_meter_reset(&lp->meter, lp->n_ranks))
         return status_fail(STATUS_NO_MEMORY, "no memory to watch %d ranks", lp->n_ranks);

@@ -20,7 +20,8 @@ enum { LAYERS = 2, EXPERTS = 8, K = 2, RANKS = 4 };
 
 static char folder[4096], planner[4096], plans[4200], model[4200];
 static live_plan *lp;
-static bool pairs; /* what the workers count */
+static uint32_t nodes[64]; /* of the ranks */
+static bool pairs;         /* what the workers count */
 
 /* What the workers were told. */
 static struct {
@@ -114,6 +115,7 @@ static int set_up(void **state)
     write_text("diff.json", "{\"seconds\": 0.001}");
     write_good_plan(RANKS);
     memset(&told, 0, sizeof told);
+    memset(nodes, 0, sizeof nodes);
     return 0;
 }
 
@@ -160,7 +162,7 @@ static bool launch(int n_ranks)
 {
     Convoke__Control__Hello hello = CONVOKE__CONTROL__HELLO__INIT;
     Convoke__Control__Ready ready = CONVOKE__CONTROL__READY__INIT;
-    uint32_t nodes[64] = {0}, layers[LAYERS] = {1, 3};
+    uint32_t layers[LAYERS] = {1, 3};
     job_plan start = {0};
     hello.n_ranks = (uint32_t)n_ranks;
     hello.n_node_of_rank = (size_t)n_ranks;
@@ -440,6 +442,25 @@ static void what_went_live_is_what_launches_begin_with(void **state)
     assert_string_equal(word("plan"), "auto-1");
 }
 
+static void plans_are_for_the_nodes_there_are(void **state)
+{
+    (void)state;
+    plan p = {0};
+    nodes[1] = nodes[2] = 1; /* not in blocks */
+    plan_anew();
+    assert_int_equal(plan_parse("sent", told.json, strlen(told.json), NULL, &p), STATUS_OK);
+    for (int r = 0; r < RANKS; r++)
+        assert_int_equal(p.node_of_rank[r], nodes[r]);
+    plan_clear(&p);
+    replan_state(1, CONVOKE__CONTROL__REPLAN_STAGE__REPLAN_LIVE, "", 1);
+    live_plan_tick(lp);
+    assert_false(is_kept()); /* not for one node */
+    live_plan_destroy(lp);
+    create(REPLAN_OFF);
+    assert_true(launch(RANKS));
+    assert_int_equal(number("", "nodes"), 2);
+}
+
 static void a_kept_plan_that_is_broken_is_passed_over(void **state)
 {
     (void)state;
@@ -622,6 +643,7 @@ int main(void)
         TEST("a step under the new plan is proof that it is live", a_step_under_the_plan_is_proof_enough),
         TEST("what went live is what recoveries and later runs begin with, on as many ranks",
              what_went_live_is_what_launches_begin_with),
+        TEST("a plan is for the nodes there are, and kept for as many", plans_are_for_the_nodes_there_are),
         TEST("a kept plan that is broken, or of another model, is passed over", a_kept_plan_that_is_broken_is_passed_over),
         TEST("mode suggest says so and does nothing, until somebody says take it", suggesting_is_not_doing),
         TEST("a plan whose move does not pay is not sent, unless somebody says so", what_does_not_pay_is_not_sent),
