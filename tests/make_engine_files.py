@@ -3,7 +3,7 @@
 
   make_engine_files.py make FOLDER                     writes samples of every format into FOLDER
   make_engine_files.py verify FOLDER                   compares FOLDER/imported-* with what the samples hold
-  make_engine_files.py exported FORMAT FILE PLAN       FILE, written for FORMAT, holds the copies of PLAN (our JSON), rank by rank
+  make_engine_files.py exported FORMAT FILE PLAN ...   each FILE, written for FORMAT, holds the copies of PLAN (our JSON), rank by rank
   make_engine_files.py counts FORMAT FILE STATS        FILE holds the counts of STATS (our safetensors)
 
 Layouts follow the engines: EPLB's rebalance_experts() and its README, SGLang's ExpertLocationMetadata and recorder, TensorRT-LLM's
@@ -320,7 +320,8 @@ def main():
         verify_maps(folder)
         verify_traces(folder)
     elif command == "exported":
-        check_export(*sys.argv[2:5])
+        for i in range(2, len(sys.argv), 3):
+            check_export(*sys.argv[i:i + 3])
     elif command == "counts":
         check_counts(*sys.argv[2:5])
     else:
