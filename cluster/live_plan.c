@@ -252,7 +252,6 @@ static status take_launch(live_plan *lp, const Convoke__Control__Ready *ready, c
     if (ready->n_experts == 0 || ready->n_layers == 0)
         return status_fail(STATUS_UNSUPPORTED, "the workers do not say how many experts there are");
     snprintf(lp->model, sizeof lp->model, "%s", ready->model_name);
-    lp->expert_bytes = ready->expert_bytes;
     TRY(price_machine(lp, ready, hello));
     if (!live_plan_has_one(lp))
         TRY(contiguous(lp, ready, &lp->present));

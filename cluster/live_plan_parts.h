@@ -30,7 +30,6 @@ struct live_plan {
     int n_ranks, n_nodes;
     topology topology;
     char model[128];
-    uint64_t expert_bytes;
     known_plan present; /* plan.n_ranks 0: none yet */
     long long last_epoch;
     /* how it does */

@@ -53,7 +53,7 @@ run_tests() {
     ctest --test-dir "$1" -j "$jobs" --output-on-failure --timeout 300 --repeat until-pass:2 "${@:2}"
 }
 
-thread_tests='^(test_thread_pool|test_journal|test_metrics|test_door_http|test_generate|test_requests|test_job|test_control_server|test_supervision|door|door_planted_race)$'
+thread_tests='^(test_thread_pool|test_journal|test_metrics|test_door_http|test_generate|test_requests|test_job|test_live_plan|test_replanner|test_control_server|test_supervision|door|door_planted_race)$'
 
 # gcc's ThreadSanitizer does not start where the kernel randomises addresses widely: then without randomisation.
 run_thread_tests() {
@@ -100,7 +100,7 @@ if [ -z "$quick" ]; then
     if [ -f tests/test_thread_pool.c ]; then
         stage "tsan configure" configure build-tsan -DCONVOKE_SANITIZE=thread
         stage "tsan build" cmake --build build-tsan --target test_thread_pool door_fake door_race \
-            test_journal test_metrics test_door_http test_generate test_requests test_job test_control_server test_supervision fake_worker
+            test_journal test_metrics test_door_http test_generate test_requests test_job test_live_plan test_replanner test_control_server test_supervision fake_worker
         stage "tsan tests" run_thread_tests
     fi
     if command -v clang >/dev/null; then
