@@ -205,6 +205,15 @@ static cJSON *take_provenance(cJSON *file)
     return file;
 }
 
+/* Files that are gone say nothing. */
+static void put_source(cJSON *file, uint64_t tokens)
+{
+    char text[64];
+    snprintf(text, sizeof text, "%llu tokens of live traffic", (unsigned long long)tokens);
+    cJSON_DeleteItemFromObjectCaseSensitive(file, "made_from");
+    cJSON_AddStringToObject(file, "made_from", text);
+}
+
 /* The counts that drift is measured against are those it was made from, whatever the planner's file says. */
 static bool put_counts(cJSON *file, const plan *p, const uint64_t *counts)
 {
@@ -240,6 +249,7 @@ static status take_plan(replanner *r)
     to->plan.epoch = r->epoch;
     memcpy(to->plan.node_of_rank, r->present.node_of_rank, (size_t)shape.n_ranks * sizeof *shape.layer_numbers);
     TRY(json_read_file(path, MAX_PLAN_BYTES, &file));
+    put_source(file, to->tokens);
     bool fine = put_counts(take_provenance(file), &to->plan, to->counts);
     status st =
         fine ? plan_write_beside(&to->plan, r->model_name, file, path) : status_fail(STATUS_NO_MEMORY, "no memory for a plan");

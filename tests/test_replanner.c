@@ -190,6 +190,7 @@ static void a_plan_comes_back_with_its_numbers(void **state)
     assert_memory_equal(read.copy_ranks, better.copy_ranks, LAYERS * EXPERTS * sizeof(int));
     plan_clear(&read);
     assert_non_null(strstr(r.json, "\"tokens_per_expert\""));
+    assert_non_null(strstr(r.json, "800 tokens of live traffic"));
     read_text("niceness", text, sizeof text);
     assert_int_equal(atoi(text), 15);
     read_text("calls", text, sizeof text);
