@@ -283,6 +283,22 @@ status group_barrier(group *g)
     return group_min(g, 0, &ignored);
 }
 
+status group_send(group *g, int to, const void *bytes, size_t size, uint64_t key)
+{
+    return group_mpi_transfer(g, to, (void *)(uintptr_t)bytes, size, true, key);
+}
+
+status group_receive(group *g, int from, void *bytes, size_t size, uint64_t key)
+{
+    return group_mpi_transfer(g, from, bytes, size, false, key);
+}
+
+status group_look(group *g, uint64_t *keys, int room, int *n)
+{
+    *n = 0;
+    return g->links ? group_mpi_transferred(g, keys, room, n) : STATUS_OK;
+}
+
 /* Turns "the lowest rank that failed" into everybody's status. */
 static status agreed(const group *g, status mine, int lowest)
 {

@@ -79,4 +79,12 @@ status group_min(group *g, int value, int *out);
 status group_agree(group *g, status mine);
 status group_barrier(group *g); /* [all] */
 
+/* Bytes from one rank to another beside everything else: each end says so, a pair's transfers in the same order on both, and
+ * nobody waits. They move whenever somebody looks (and between nodes whenever the exchange waits); the memory is in use until the
+ * key was told. For jobs of many ranks. */
+status group_send(group *g, int to, const void *bytes, size_t size, uint64_t key);
+status group_receive(group *g, int from, void *bytes, size_t size, uint64_t key);
+/* Keys of transfers that are done, told once per transfer: at most `room` of them. */
+status group_look(group *g, uint64_t *keys, int room, int *n);
+
 #endif

@@ -58,6 +58,10 @@ status group_mpi_broadcast(group *g, void *bytes, size_t size, bool patient); /*
 status group_mpi_give(group *g, const void *bytes, size_t size);
 status group_mpi_take(group *g, int node, void *bytes, size_t size);
 
+/* Any two ranks. */
+status group_mpi_transfer(group *g, int peer, void *bytes, size_t size, bool send, uint64_t key);
+status group_mpi_transferred(group *g, uint64_t *keys, int room, int *n);
+
 /* "rank 3: MPI_Isend: MPI_ERR_TRUNCATE: message truncated" */
 status group_mpi_failed(int rank, const char *call, int error);
 #define TRY_MPI(rank, call, arguments)                                                                                           \

@@ -4,6 +4,7 @@
  * milliseconds between, and the wait ends when a peer of the node dies or this rank is told to stop. */
 #include "router/group_internal.h"
 
+#include <limits.h>
 #include <mpi.h>
 #include <sched.h>
 #include <signal.h>
@@ -16,11 +17,16 @@
 #define LONGEST_SLEEP_US 4000u
 #define PIECE_BYTES      ((size_t)64 << 20) /* MPI counts are ints */
 #define REPORT_TAG       1
+#define TRANSFER_TAG     6
 
 struct group_links {
-    MPI_Comm world;  /* ours: the application's errors must not meet another library's messages */
-    MPI_Comm firsts; /* the first rank of each node, in node order; MPI_COMM_NULL elsewhere */
-    int mine, low;   /* operands of a minimum: they outlive a wait that is given up */
+    MPI_Comm world;         /* ours: the application's errors must not meet another library's messages */
+    MPI_Comm firsts;        /* the first rank of each node, in node order; MPI_COMM_NULL elsewhere */
+    int mine, low;          /* operands of a minimum: they outlive a wait that is given up */
+    MPI_Request *transfers; /* [n_transfers] under way between this rank and others, with their keys */
+    uint64_t *keys;
+    int *done; /* [room] scratch */
+    int n_transfers, room;
 };
 
 /* What every rank tells all others at start. */
@@ -222,12 +228,19 @@ void group_mpi_finish(group *g)
     int started = 0;
     MPI_Initialized(&started);
     if (started) {
+        for (int i = 0; i < g->links->n_transfers; i++) {
+            MPI_Cancel(&g->links->transfers[i]);
+            MPI_Request_free(&g->links->transfers[i]);
+        }
         if (g->links->firsts != MPI_COMM_NULL)
             MPI_Comm_free(&g->links->firsts);
         if (g->links->world != MPI_COMM_NULL)
             MPI_Comm_free(&g->links->world);
         MPI_Finalize();
     }
+    free(g->links->transfers);
+    free(g->links->keys);
+    free(g->links->done);
     free(g->links);
     g->links = NULL;
 }
@@ -327,5 +340,60 @@ status group_mpi_take(group *g, int node, void *bytes, size_t size)
                 ((char *)bytes + at, piece(size, at), MPI_BYTE, node, REPORT_TAG, g->links->firsts, &request));
         TRY(finish(g, &request, "MPI_Irecv", false));
     }
+    return STATUS_OK;
+}
+
+/* ---- transfers ---- */
+
+static status reserve_transfer(group_links *l)
+{
+    if (l->n_transfers < l->room)
+        return STATUS_OK;
+    int room = l->room ? 2 * l->room : 64;
+    MPI_Request *transfers = reallocarray(l->transfers, (size_t)room, sizeof *transfers);
+    l->transfers = transfers ? transfers : l->transfers;
+    uint64_t *keys = reallocarray(l->keys, (size_t)room, sizeof *keys);
+    l->keys = keys ? keys : l->keys;
+    int *done = reallocarray(l->done, (size_t)room, sizeof *done);
+    l->done = done ? done : l->done;
+    if (!transfers || !keys || !done)
+        return status_fail(STATUS_NO_MEMORY, "no memory for %d transfers between ranks", room);
+    l->room = room;
+    return STATUS_OK;
+}
+
+status group_mpi_transfer(group *g, int peer, void *bytes, size_t size, bool send, uint64_t key)
+{
+    group_links *l = g->links;
+    if (size > INT_MAX)
+        return status_fail(STATUS_UNSUPPORTED, "rank %d: %zu bytes are more than one transfer holds (2 GiB)", g->rank, size);
+    TRY(reserve_transfer(l));
+    MPI_Request *request = &l->transfers[l->n_transfers];
+    if (send)
+        TRY_MPI(g->rank, MPI_Isend, (bytes, (int)size, MPI_BYTE, peer, TRANSFER_TAG, l->world, request));
+    else
+        TRY_MPI(g->rank, MPI_Irecv, (bytes, (int)size, MPI_BYTE, peer, TRANSFER_TAG, l->world, request));
+    l->keys[l->n_transfers++] = key;
+    return STATUS_OK;
+}
+
+status group_mpi_transferred(group *g, uint64_t *keys, int room, int *n)
+{
+    group_links *l = g->links;
+    int n_done = 0;
+    *n = 0;
+    if (l->n_transfers == 0)
+        return STATUS_OK;
+    TRY_MPI(g->rank, MPI_Testsome,
+            (l->n_transfers < room ? l->n_transfers : room, l->transfers, &n_done, l->done, MPI_STATUSES_IGNORE));
+    for (int i = 0; n_done != MPI_UNDEFINED && i < n_done; i++)
+        keys[(*n)++] = l->keys[l->done[i]];
+    int left = 0;
+    for (int i = 0; i < l->n_transfers; i++) /* in order: who is told first was asked for first, where both are done */
+        if (l->transfers[i] != MPI_REQUEST_NULL) {
+            l->transfers[left] = l->transfers[i];
+            l->keys[left++] = l->keys[i];
+        }
+    l->n_transfers = left;
     return STATUS_OK;
 }

@@ -10,6 +10,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+enum { CANCELLED = 1 << 2 | 1 << 5 | 1 << 9 };
+
 static const struct {
     const char *what;
     bool must_preempt, must_hit;
@@ -44,8 +46,60 @@ static const struct {
      false,
      false,
      {.chunk = 16, .max_sequences = 8, .threads = 2, .replan = true, .replicas = REPLICA_STEP, .seed = 7}},
+    {"owners move", false, false, {.chunk = 16, .max_sequences = 8, .threads = 1, .owners = OWNERS_AFFINITY, .seed = 8}},
+    {"owners move, few blocks, cache, holds, plans change, replicas by the step's load",
+     false,
+     false,
+     {.chunk = 64,
+      .max_sequences = 12,
+      .threads = 1,
+      .kv_blocks = 16,
+      .prefix_cache = true,
+      .disturb = true,
+      .replan = true,
+      .replicas = REPLICA_STEP,
+      .owners = OWNERS_AFFINITY,
+      .seed = 12}},
+    {"owners move, everything from the cache the second time",
+     false,
+     true,
+     {.chunk = 40,
+      .max_sequences = 8,
+      .threads = 1,
+      .kv_blocks = 120,
+      .prefix_cache = true,
+      .twice = true,
+      .owners = OWNERS_AFFINITY,
+      .seed = 13}},
+    {"owners move, some are cancelled",
+     false,
+     false,
+     {.chunk = 16, .max_sequences = 14, .threads = 1, .owners = OWNERS_AFFINITY, .cancel = CANCELLED, .seed = 14}},
     {"statistics are asked for", false, false, {.chunk = 16, .max_sequences = 8, .threads = 1, .count = true, .seed = 6}},
 };
+
+/* Links that make moving worth it, tiny as the model is: whoever is in the first half sends slowly to all but one of the second
+ * half, who send quickly. */
+static const char *uneven_links(int n)
+{
+    static char text[16384];
+    size_t at = (size_t)snprintf(text, sizeof text, "{\"ranks\": [");
+    for (int r = 0; r < n; r++)
+        at += (size_t)snprintf(text + at, sizeof text - at,
+                               "%s{\"node\": 0, \"expert_bytes\": null, \"row_us\": 1, \"expert_us\": 1}", r ? ", " : "");
+    at += (size_t)snprintf(text + at, sizeof text - at,
+                           "], \"same_node\": {\"us\": 1, \"gb_per_s\": 1}, \"cross_node\": {\"us\": 1, \"gb_per_s\": 1}, "
+                           "\"row_bytes\": 256, \"links\": [");
+    for (int from = 0; from < n; from++) {
+        at += (size_t)snprintf(text + at, sizeof text - at, from ? ", [" : "[");
+        for (int to = 0; to < n; to++)
+            at += (size_t)snprintf(text + at, sizeof text - at, "%s%s", to ? ", " : "",
+                                   from < n / 2 && to != from + n / 2 ? "0.001" : "100");
+        at += (size_t)snprintf(text + at, sizeof text - at, "]");
+    }
+    snprintf(text + at, sizeof text - at, "]}");
+    return text;
+}
 
 static mix_answer want[MIX_REQUESTS], got[MIX_REQUESTS];
 
@@ -65,13 +119,18 @@ static void compare_variants(group *g)
     mix_counts counts;
     support_mix_run(g, dir, &(mix_setting){.chunk = 64, .max_sequences = MIX_REQUESTS, .threads = 1}, want, &counts);
     for (size_t v = 0; v < sizeof variants / sizeof *variants; v++) {
-        support_mix_run(g, dir, &variants[v].setting, got, &counts);
+        mix_setting setting = variants[v].setting;
+        setting.topology = setting.owners == OWNERS_AFFINITY ? uneven_links(group_size(g)) : NULL;
+        support_mix_run(g, dir, &setting, got, &counts);
         if (group_rank(g) != 0)
             continue;
+        bool moves = setting.owners == OWNERS_AFFINITY && group_size(g) > 2;
+        if (moves != (counts.n_moved > 0))
+            fail_msg("%s: %llu sequences moved", variants[v].what, counts.n_moved);
         for (int i = 0; i < MIX_REQUESTS; i++) {
             char what[80];
             snprintf(what, sizeof what, "%s: request %d", variants[v].what, i);
-            support_mix_compare(&got[i], &want[i], false, what);
+            support_mix_compare(&got[i], &want[i], setting.cancel >> i & 1, what);
         }
         assert_true(!variants[v].must_preempt || counts.n_preempted > 0);
         assert_true(!variants[v].must_hit || counts.prefix_hits > 0);

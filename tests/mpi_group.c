@@ -92,6 +92,44 @@ static status places(group *g, int ranks_per_node)
     return STATUS_OK;
 }
 
+/* Everybody to everybody, some messages each, sizes all over the place. */
+static status transfers(group *g, uint64_t round)
+{
+    enum { EACH = 3 };
+    static const size_t sizes[] = {1, 5000, (1 << 20) + 3};
+    int n = group_size(g), me = group_rank(g), left = 2 * EACH * (n - 1);
+    char **memory = calloc((size_t)(2 * EACH * n), sizeof *memory);
+    uint64_t keys[5];
+    EXPECT(memory);
+    for (int r = 0; r < n; r++)
+        for (int i = 0; i < EACH && r != me; i++) {
+            char **in = &memory[2 * (r * EACH + i)], **out = in + 1;
+            *in = calloc(sizes[i], 1);
+            *out = calloc(sizes[i], 1);
+            EXPECT(*in && *out);
+            fill(*out, sizes[i], (uint64_t)(me * 100 + i) + round);
+            TRY(group_receive(g, r, *in, sizes[i], (uint64_t)(r * EACH + i) + 1));
+            TRY(group_send(g, r, *out, sizes[i], (uint64_t)(r * EACH + i) + 1));
+        }
+    for (int n_done; left > 0; left -= n_done) {
+        TRY(group_look(g, keys, 5, &n_done));
+        for (int i = 0; i < n_done; i++)
+            EXPECT(keys[i] >= 1 && keys[i] <= (uint64_t)(n * EACH));
+        if (n_done == 0)
+            usleep(100);
+    }
+    for (int r = 0; r < n; r++)
+        for (int i = 0; i < EACH && r != me; i++) {
+            char **in = &memory[2 * (r * EACH + i)];
+            fill(in[1], sizes[i], (uint64_t)(r * 100 + i) + round);
+            EXPECT(memcmp(in[0], in[1], sizes[i]) == 0);
+            free(in[0]);
+            free(in[1]);
+        }
+    free(memory);
+    return STATUS_OK;
+}
+
 static status run(group *g, int ranks_per_node)
 {
     static const size_t sizes[] = {1, 0, 4096, (256 << 10) - 1, 256 << 10, (256 << 10) + 1, 3, (2 << 20) + 5, 0, 17};
@@ -101,6 +139,7 @@ static status run(group *g, int ranks_per_node)
         TRY(broadcasts(g, sizes, n));
         TRY(gathers(g, sizes, n));
         TRY(agreements(g, (uint64_t)round));
+        TRY(transfers(g, (uint64_t)round));
         TRY(group_barrier(g));
     }
     return STATUS_OK;

@@ -251,6 +251,8 @@ static void lead(engine *e, int n_ranks, const mix_setting *s, mix_answer *answe
     engine_get_counters(e, &c);
     counts->n_preempted = c.n_preempted;
     counts->prefix_hits = c.prefix_hits;
+    counts->n_moved = c.n_moved;
+    assert_true((c.n_moved > 0) == (c.moved_bytes > 0));
     assert_int_equal(c.n_running + c.n_waiting, 0);
     check(engine_step(e)); /* the last leaves; a step with nothing to do is fine */
     engine_get_counters(e, &c);
@@ -276,6 +278,7 @@ void support_mix_run(group *g, const char *dir, const mix_setting *s, mix_answer
                          .combine = COMBINE_FIXED,
                          .weights = s->weights,
                          .replicas = s->replicas,
+                         .topology_text = s->topology,
                          .limits = {.max_sequences = s->max_sequences,
                                     .chunk = s->chunk,
                                     .max_length = MIX_LENGTH,
@@ -283,6 +286,7 @@ void support_mix_run(group *g, const char *dir, const mix_setting *s, mix_answer
                                     .step_seconds = s->step_seconds,
                                     .prefix_cache = s->prefix_cache,
                                     .count_pairs = s->count,
+                                    .owners = s->owners,
                                     .n_domains = 1,
                                     .domains = &domain}};
     runtime *r = NULL;

@@ -37,11 +37,13 @@ typedef struct {
     bool count;      /* ask for the statistics every few steps; they must add up to those of a run that asks for none */
     weights_mode weights;
     replica_choice replicas;
-    uint64_t seed; /* of the disturbances, and of the order of submission */
+    engine_owners owners;
+    const char *topology; /* as JSON; NULL: constants */
+    uint64_t seed;        /* of the disturbances, and of the order of submission */
 } mix_setting;
 
 typedef struct {
-    unsigned long long n_preempted, prefix_hits;
+    unsigned long long n_preempted, prefix_hits, n_moved;
     uint64_t plan_epoch, n_counted, n_times_counted;
     bool asked;
 } mix_counts;

@@ -13,7 +13,16 @@ static status create_local(engine *e)
     TRY(kv_cache_create(c->n_layers, c->n_kv_heads, c->head_dim, e->limits.kv_bytes, &e->kv));
     TRY(rank_create(e));
     TRY(plans_create(e));
+    TRY(owners_create(e));
     return counts_create(e);
+}
+
+/* Owners by affinity may crowd a little. */
+static int places_per_rank(const engine_limits *limits, int n_ranks)
+{
+    if (limits->owners == OWNERS_AFFINITY)
+        return (int)((21L * limits->max_sequences + 20L * n_ranks - 1) / (20L * n_ranks));
+    return (limits->max_sequences + n_ranks - 1) / n_ranks;
 }
 
 status engine_create(const model_parts *parts, const engine_limits *limits, engine_listener listener, void *arg, engine **out)
@@ -27,7 +36,7 @@ status engine_create(const model_parts *parts, const engine_limits *limits, engi
     e->listener_arg = arg;
     e->rank = group_rank(parts->group);
     e->n_ranks = group_size(parts->group);
-    e->n_places = (limits->max_sequences + e->n_ranks - 1) / e->n_ranks;
+    e->n_places = places_per_rank(limits, e->n_ranks);
     e->max_rows = e->n_places + limits->chunk;
     e->choices_per_row = (size_t)parts->config->n_moe_layers * (size_t)parts->config->top_k;
     status st;
@@ -49,6 +58,7 @@ void engine_destroy(engine *e)
     if (!e)
         return;
     lead_destroy(e);
+    owners_destroy(e);
     counts_destroy(e);
     plans_destroy(e);
     model_destroy(e->model);

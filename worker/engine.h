@@ -100,6 +100,11 @@ typedef struct {
 
 typedef void (*engine_listener)(void *arg, const engine_event *event);
 
+typedef enum {
+    OWNERS_SPREAD,   /* a sequence stays with the rank that had least to do when it came */
+    OWNERS_AFFINITY, /* after its first rows it may move to where they have the shortest way: owner_choice.h */
+} engine_owners;
+
 typedef struct {
     int max_sequences;   /* running at once, over all ranks */
     int chunk;           /* prefill rows per rank and step, at most */
@@ -108,6 +113,7 @@ typedef struct {
     double step_seconds; /* while sequences decode, prompts get rows as long as a step takes no longer than this; 0: chosen by
                             measurement; ENGINE_NO_BUDGET: `chunk` alone decides */
     bool prefix_cache;
+    engine_owners owners;
     bool count_pairs; /* the routing statistics hold pairs of experts, not only P */
     int n_domains;    /* for the routing statistics */
     const char *const *domains;
@@ -154,13 +160,14 @@ typedef struct {
     const int *kv_blocks_of_rank;                   /* [n_ranks] all */
     int last_prefill_rows, last_decode_rows;        /* of the last step, all ranks */
     double last_seconds;
-    const unsigned long long *rows_of_rank; /* [n_ranks] (token, expert) rows computed */
-    const double *compute_of_rank;          /* [n_ranks] seconds in attention, experts and head */
-    uint64_t plan_epoch;                    /* of the plan the last step ran under */
-    engine_replan_state replan;             /* the last one asked for */
-    const double *lateness_of_rank;         /* [n_ranks] seconds: in each step the rank that waited least in the exchange is taken
-                                               for the one the others waited for, by as much as they waited longer on average */
-    unsigned long long link_bytes[3];       /* rows and results: same rank, same node, cross node, all ranks */
+    const unsigned long long *rows_of_rank;  /* [n_ranks] (token, expert) rows computed */
+    const double *compute_of_rank;           /* [n_ranks] seconds in attention, experts and head */
+    uint64_t plan_epoch;                     /* of the plan the last step ran under */
+    engine_replan_state replan;              /* the last one asked for */
+    unsigned long long n_moved, moved_bytes; /* sequences given to another owner, and their keys and values */
+    const double *lateness_of_rank;   /* [n_ranks] seconds: in each step the rank that waited least in the exchange is taken
+                                         for the one the others waited for, by as much as they waited longer on average */
+    unsigned long long link_bytes[3]; /* rows and results: same rank, same node, cross node, all ranks */
     const double *load_max_over_mean; /* [moe layers] busiest rank over mean, over about the last 100 steps; 1: nothing yet */
 } engine_counters;
 

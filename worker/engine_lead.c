@@ -1,6 +1,8 @@
 /* engine_lead.c - the leader's part of the step loop: requests come in, the scheduler decides, events go out. */
 #include "worker/engine_parts.h"
 
+#include "worker/owner_choice.h"
+
 #include <stdlib.h>
 #include <string.h>
 #include <sys/random.h>
@@ -26,6 +28,7 @@ static status create_scheduler(engine *e)
                                .kv_blocks_of_rank = e->kv_blocks_of_rank,
                                .prefix_cache = e->limits.prefix_cache,
                                .step_seconds = e->limits.step_seconds,
+                               .first_rows = e->affinity ? AFFINITY_TOKENS : 0,
                                .touch = c->n_moe_layers > 0 ? (double)c->top_k / c->n_experts : 0};
     if (getrandom(&limits.secret, sizeof limits.secret, 0) != sizeof limits.secret)
         return status_fail(STATUS_IO, "the system gives no random bytes to name prefixes by");
@@ -253,6 +256,7 @@ static void put_join(engine *e, const scheduler_join *join)
                    .n_original = q->request.n_prompt,
                    .n_cached = join->n_cached,
                    .n_ran = join->n_ran,
+                   .judged = join->judged,
                    .blocks = join->blocks,
                    .n_blocks = join->n_blocks};
     w.request.prompt = join->tokens;
@@ -281,20 +285,24 @@ status lead_write_message(engine *e, bool stop)
     wire_step head = {.n_leaves = (uint32_t)step->n_leaves,
                       .n_joins = (uint32_t)step->n_joins,
                       .n_growths = (uint32_t)step->n_growths,
-                      .n_rows = (uint32_t)step->n_rows};
+                      .n_rows = (uint32_t)step->n_rows,
+                      .n_moves = (uint32_t)step->n_moves};
     plans_decide(e, &head);
     counts_decide(e, &head);
     wire_put_step(&e->message, &head, step);
     for (int i = 0; i < step->n_joins; i++)
         put_join(e, &step->joins[i]);
+    for (int i = 0; i < step->n_moves; i++)
+        wire_put_move(&e->message, &step->moves[i]);
     plans_put(e, &head);
     e->last_prefill_rows = step->prefill_rows;
     e->last_decode_rows = step->decode_rows;
     for (int i = 0; i < step->n_joins; i++)
-        tell(e, &(engine_event){.id = step->joins[i].id,
-                                .kind = ENGINE_EVENT_STARTED,
-                                .owner = step->joins[i].rank,
-                                .n_cached = step->joins[i].n_cached});
+        if (!step->joins[i].moved)
+            tell(e, &(engine_event){.id = step->joins[i].id,
+                                    .kind = ENGINE_EVENT_STARTED,
+                                    .owner = step->joins[i].rank,
+                                    .n_cached = step->joins[i].n_cached});
     return e->message.failed ? status_fail(STATUS_NO_MEMORY, "no memory for the step message") : STATUS_OK;
 }
 
@@ -319,6 +327,21 @@ static void take_event(engine *e, const engine_event *event)
     tell(e, event);
 }
 
+static void read_owners(engine *e, int rank, const wire_report *head, bytes_reader *r)
+{
+    for (uint32_t i = 0; i < head->n_ended && !r->short_read; i++) {
+        const wire_ended *ended = bytes_take(r, sizeof *ended);
+        if (ended)
+            owners_end(e, ended);
+    }
+    for (uint32_t i = 0; i < head->n_judged && !r->short_read; i++) {
+        const wire_judgement *j = bytes_take(r, sizeof *j);
+        const double *us = bytes_take(r, (size_t)e->n_ranks * sizeof *us);
+        if (j && us)
+            owners_hear(e, rank, j, us);
+    }
+}
+
 static status read_report(engine *e, int rank)
 {
     bytes_reader r = {.at = e->parts_in[rank], .end = (const unsigned char *)e->parts_in[rank] + e->sizes_in[rank]};
@@ -332,6 +355,7 @@ static status read_report(engine *e, int rank)
     const char *sentence = wire_take_padded(&r, head.sentence_bytes);
     plans_hear(e, rank, &head, sentence);
     counts_hear(e, rank, &head, piece, sentence);
+    read_owners(e, rank, &head, &r);
     e->rows_of_rank[rank] = head.expert_rows;
     e->compute_of_rank[rank] = head.compute_seconds;
     e->waited_now[rank] = head.wait_seconds - e->waited_of_rank[rank];
@@ -426,6 +450,8 @@ void engine_get_counters(engine *e, engine_counters *out)
                              .rows_of_rank = e->rows_of_rank,
                              .compute_of_rank = e->compute_of_rank,
                              .plan_epoch = e->plan_epoch,
+                             .n_moved = s.n_moved,
+                             .moved_bytes = s.moved_blocks * kv_cache_block_bytes(e->kv),
                              .replan = e->replan,
                              .lateness_of_rank = e->lateness_of_rank,
                              .link_bytes = {e->link_bytes[0], e->link_bytes[1], e->link_bytes[2]},

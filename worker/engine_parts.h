@@ -1,6 +1,7 @@
 /* engine_parts.h - the inside of the step loop, shared by engine.c (life and the step), engine_lead.c (what only the leader does:
  * requests, decisions, events), engine_rank.c (what every rank does: its sequences, its rows, its report), engine_plan.c (another
- * plan while serving) and engine_counts.c (the statistics of all ranks). Rank 0 does both parts of all of them. */
+ * plan while serving), engine_owners.c (sequences that change their owner) and engine_counts.c (the statistics of all ranks).
+ * Rank 0 does both parts of all of them. */
 #ifndef CONVOKE_WORKER_ENGINE_PARTS_H
 #define CONVOKE_WORKER_ENGINE_PARTS_H
 
@@ -8,7 +9,13 @@
 #include "worker/errand.h"
 #include "worker/expert_copies.h"
 
-enum { COUNT_SENDERS = 4 }; /* ranks that send their counts at a time */
+enum { COUNT_SENDERS = 4 };   /* ranks that send their counts at a time */
+enum { MOST_TRANSFERS = 64 }; /* moves that this rank has part in: more than the scheduler lets be under way */
+typedef struct {
+    uint64_t key; /* 0: none */
+    int n_left;   /* blocks */
+    bool sends;
+} transfer;
 typedef enum { COUNTS_AT_REST, COUNTS_ASKED, COUNTS_COMING, COUNTS_ADDING, COUNTS_ANSWERED } counts_stage;
 
 /* A sequence this rank owns. Arrays are sized for the longest sequence at creation; those of a request's lists grow once. */
@@ -25,6 +32,8 @@ typedef struct {
     int n_left;      /* tokens still to generate */
     unsigned want;
     int domain;
+    bool judged;              /* its owner */
+    int n_counted;            /* rows that speak for it */
     sampling_params sampling; /* its arrays, and those of the candidates, lie in `lists` */
     engine_candidates prompt_candidates, output_candidates;
     bytes_writer lists;
@@ -90,6 +99,17 @@ struct engine {
     uint64_t plan_epoch, next_epoch; /* next_epoch 0: nothing is wished for */
     unsigned char *wanted;           /* [moe layers][experts] scratch */
     char wish_failed[200];
+
+    /* every rank: owners */
+    bool affinity;
+    double *row_us;        /* [n_ranks][n_ranks] a row from, to */
+    double *owner_us;      /* [n_places][n_ranks] */
+    uint64_t *seen, stamp; /* [n_ranks] */
+    transfer transfers[MOST_TRANSFERS];
+    int n_transfers;
+    size_t judged_at; /* in the report */
+    double *move_us;  /* [n_ranks] the leader's scratch */
+    bool *has_room;   /* [n_ranks] likewise */
 
     /* every rank: counts */
     routing_stats *set_aside; /* while it is packed */
@@ -160,6 +180,18 @@ void plans_hear(engine *e, int rank, const wire_report *report, const char *sent
 void plans_conclude(engine *e);
 status plans_obey(engine *e, const wire_step *head, bytes_reader *r);
 const char *plans_report(engine *e, wire_report *report);
+
+/* engine_owners.c; every rank: forget (a place's new sequence), count_due, judge, move, look, put_ended; leader: hear, end */
+status owners_create(engine *e);
+void owners_destroy(engine *e);
+void owners_forget(engine *e, int place);
+int owners_count_due(const engine *e);
+void owners_judge(engine *e, unsigned char *at);
+status owners_move(engine *e, const wire_move *m, const int32_t *from_blocks, const int32_t *to_blocks);
+status owners_look(engine *e);
+uint32_t owners_put_ended(engine *e, bytes_writer *w);
+void owners_hear(engine *e, int rank, const wire_judgement *j, const double *us);
+void owners_end(engine *e, const wire_ended *t);
 
 /* engine_counts.c; likewise */
 status counts_create(engine *e);

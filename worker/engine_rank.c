@@ -124,6 +124,9 @@ static status join_sequence(engine *e, const wire_join *w)
     s->n_blocks = w->n_blocks;
     s->want = r->want;
     s->domain = r->domain;
+    s->judged = w->judged;
+    s->n_counted = 0;
+    owners_forget(e, w->place);
     s->failure[0] = '\0';
     memcpy(s->tokens, r->prompt, (size_t)r->n_prompt * sizeof *s->tokens);
     memcpy(s->blocks, w->blocks, (size_t)w->n_blocks * sizeof *s->blocks);
@@ -172,6 +175,12 @@ static status read_message(engine *e, const void *bytes, size_t size, wire_step_
             sequence *s = &e->places[step->growths[i].place];
             s->blocks[s->n_blocks++] = step->growths[i].block;
         }
+    for (uint32_t i = 0; i < step->head.n_moves; i++) {
+        wire_move m;
+        const int32_t *from_blocks, *to_blocks;
+        TRY(wire_get_move(&r, &m, &from_blocks, &to_blocks));
+        TRY(owners_move(e, &m, from_blocks, to_blocks));
+    }
     TRY(plans_obey(e, &step->head, &r));
     counts_obey(e, &step->head);
     e->n_rows = e->n_spans = 0;
@@ -536,6 +545,7 @@ static status run_batch(engine *e)
     list_jobs(e);
     run_jobs(e);
     TRY(count_routing(e));
+    owners_judge(e, e->report.data + e->judged_at);
     go_on(e);
     return e->report.failed ? status_fail(STATUS_NO_MEMORY, "no memory for a step's report") : STATUS_OK;
 }
@@ -554,6 +564,12 @@ static status open_report(engine *e)
     bytes_extend(&e->report, (size_t)e->parts.config->n_moe_layers * sizeof(unsigned long long));
     wire_put_padded(&e->report, piece, head.counts_bytes);
     wire_put_padded(&e->report, sentence, head.sentence_bytes);
+    head.n_ended = owners_put_ended(e, &e->report);
+    head.n_judged = (uint32_t)owners_count_due(e);
+    e->judged_at = e->report.size;
+    bytes_extend(&e->report, head.n_judged * (sizeof(wire_judgement) + (size_t)e->n_ranks * sizeof(double)));
+    if (!e->report.failed)
+        memcpy(e->report.data, &head, sizeof head);
     return e->report.failed ? status_fail(STATUS_NO_MEMORY, "no memory for a step's report") : STATUS_OK;
 }
 
@@ -580,6 +596,7 @@ status rank_step(engine *e, const void *message, size_t size)
     TRY(read_message(e, message, size, &step));
     if (e->stopping)
         return STATUS_OK;
+    TRY(owners_look(e));
     TRY(open_report(e));
     if (step.head.n_rows > 0) /* on any rank: all take part, or none */
         TRY(run_batch(e));

@@ -92,6 +92,23 @@ status wire_get_join(bytes_reader *r, wire_join *out)
     return check_read(r);
 }
 
+void wire_put_move(bytes_writer *w, const scheduler_move *m)
+{
+    put_padded(w,
+               &(wire_move){.key = m->key, .from = (uint32_t)m->from, .to = (uint32_t)m->to, .n_blocks = (uint32_t)m->n_blocks},
+               sizeof(wire_move));
+    put_array(w, m->from_blocks, m->n_blocks, sizeof *m->from_blocks);
+    put_array(w, m->to_blocks, m->n_blocks, sizeof *m->to_blocks);
+}
+
+status wire_get_move(bytes_reader *r, wire_move *out, const int32_t **from_blocks, const int32_t **to_blocks)
+{
+    get_padded(r, out, sizeof *out);
+    *from_blocks = take_array(r, out->n_blocks, sizeof **from_blocks);
+    *to_blocks = take_array(r, out->n_blocks, sizeof **to_blocks);
+    return check_read(r);
+}
+
 /* Only copies travel: what else a plan holds is the same on all ranks. */
 void wire_put_plan(bytes_writer *w, const plan *p)
 {

@@ -88,6 +88,17 @@ static status make_plan(runtime *r, const runtime_options *o)
     return STATUS_OK;
 }
 
+static void place_ranks(const group *g, topology *t)
+{
+    t->n_nodes = group_n_nodes(g);
+    for (int r = 0; r < t->n_ranks; r++) {
+        t->node_of_rank[r] = group_node_of_rank(g)[r];
+        t->local_index[r] = 0;
+        for (int q = 0; q < r; q++)
+            t->local_index[r] += t->node_of_rank[q] == t->node_of_rank[r];
+    }
+}
+
 static status make_topology(runtime *r, const runtime_options *o)
 {
     int n = group_size(r->group);
@@ -97,7 +108,9 @@ static status make_topology(runtime *r, const runtime_options *o)
         TRY(topology_read(o->topology_path, &r->topology));
     else
         TRY(topology_parse("the topology", o->topology_text, strlen(o->topology_text), &r->topology));
-    if (r->topology.n_ranks != n)
+    if (r->topology.n_ranks == n) /* where ranks really are beats where they were measured */
+        place_ranks(r->group, &r->topology);
+    else
         return status_fail(STATUS_BAD_INPUT, "%s: a topology of %d ranks; this job has %d",
                            o->topology_path ? o->topology_path : "the topology", r->topology.n_ranks, n);
     return STATUS_OK;

@@ -14,6 +14,8 @@ enum {
     DECODER_ROWS = 32,    /* what a decoding sequence counts as, in rows, when ranks are compared */
     MOST_OVERTAKEN = 16,  /* then a rank is kept for the one overtaken */
     MOST_TRIED = 16,      /* who do not fit are looked at in one step */
+    MOST_MOVES = 16,      /* under way at a time */
+    MOST_MOVED = 64,      /* blocks of one */
 };
 /* Two wishes pull against each other: running streams want short steps, a prompt wants many rows in each. A step may take so many
  * times what its decoding rows take alone; but prompts never get so few rows that they take more than so many times as long as
@@ -42,8 +44,23 @@ typedef struct {
     int where;       /* in the queue; -1: runs */
     int n_overtaken, kept_rank;
     int rows; /* in the step planned */
-    bool look_up, leave, held;
+    bool look_up, leave, held, judged;
+    struct move *move; /* its contents are under way; NULL: they are where it is */
 } item;
+
+/* Blocks whose contents travel. The item's first n_blocks blocks are to_blocks, which outlive it until they have arrived. */
+typedef struct move {
+    uint64_t key; /* 0: none */
+    item *it;     /* NULL: gone meanwhile */
+    int from, to, n_blocks;
+    int32_t from_blocks[MOST_MOVED], to_blocks[MOST_MOVED];
+    bool sent, received;
+} move;
+
+typedef struct {
+    uint64_t id;
+    int rank;
+} wish;
 
 struct scheduler {
     scheduler_limits limits;
@@ -59,6 +76,10 @@ struct scheduler {
     int *n_free;  /* [n_ranks] for those who count */
     double *load; /* [n_ranks] rows waiting to run */
     bool *kept;   /* [n_ranks] for one that was overtaken too often */
+    move underway[MOST_MOVES];
+    uint64_t n_moves; /* ever */
+    wish *wishes;     /* [n_ranks * n_places] moves for the next step */
+    int n_wishes;
     step_cost cost;
     step_load planned;
     /* the step */
@@ -67,9 +88,10 @@ struct scheduler {
     scheduler_join *joins;
     scheduler_growth *growths;
     scheduler_rows *rows;
+    scheduler_move moves[MOST_MOVES];
     int n_leaves;
     item **prompts; /* [n_places] of one rank */
-    unsigned long long n_preempted, prefix_queries, prefix_hits;
+    unsigned long long n_preempted, prefix_queries, prefix_hits, moved_blocks;
 };
 
 /* ---- creation ------------------------------------------------------------------------------------------------------------ */
@@ -89,10 +111,11 @@ static status create_arrays(scheduler *s)
     s->joins = calloc(all, sizeof *s->joins);
     s->growths = calloc(all, sizeof *s->growths);
     s->rows = calloc(all, sizeof *s->rows);
+    s->wishes = calloc(all, sizeof *s->wishes);
     s->id_mask = 63;
     s->by_id = calloc(s->id_mask + 1, sizeof(item *));
     if (!s->blocks || !s->running || !s->places || !s->prompts || !s->n_on_rank || !s->n_free || !s->load || !s->kept ||
-        !s->leaves || !s->joins || !s->growths || !s->rows || !s->by_id)
+        !s->leaves || !s->joins || !s->growths || !s->rows || !s->wishes || !s->by_id)
         return status_fail(STATUS_NO_MEMORY, "no memory to schedule %d sequences on %d ranks", s->limits.max_running,
                            s->limits.n_ranks);
     for (int r = 0; r < s->limits.n_ranks; r++)
@@ -114,7 +137,7 @@ status scheduler_create(const scheduler_limits *limits, scheduler **out)
         scheduler_destroy(s, NULL);
         return st;
     }
-    s->step = (scheduler_step){.leaves = s->leaves, .joins = s->joins, .growths = s->growths, .rows = s->rows};
+    s->step = (scheduler_step){.leaves = s->leaves, .joins = s->joins, .growths = s->growths, .rows = s->rows, .moves = s->moves};
     *out = s;
     return STATUS_OK;
 }
@@ -132,7 +155,7 @@ void scheduler_destroy(scheduler *s, void (*forget)(void *user))
         kv_blocks_destroy(s->blocks[r]);
     fair_queue_destroy(s->queue);
     void *all[] = {s->blocks, s->running, s->places, s->prompts, s->n_on_rank, s->n_free, s->load,
-                   s->kept,   s->leaves,  s->joins,  s->growths, s->rows,      s->by_id};
+                   s->kept,   s->leaves,  s->joins,  s->growths, s->rows,      s->by_id,  s->wishes};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         free(all[i]);
     free(s);
@@ -222,11 +245,16 @@ static void name_blocks(scheduler *s, item *it)
         kv_blocks_name(s->blocks[it->rank], it->blocks[it->n_named], it->keys[it->n_named]);
 }
 
+/* Those into which something still travels stay used. */
 static void give_blocks(scheduler *s, item *it)
 {
-    while (it->n_blocks > 0)
+    int stay = it->move ? it->move->n_blocks : 0;
+    while (it->n_blocks > stay)
         kv_blocks_give(s->blocks[it->rank], it->blocks[--it->n_blocks]);
-    it->n_named = 0;
+    if (it->move)
+        it->move->it = NULL;
+    it->move = NULL;
+    it->n_blocks = it->n_named = 0;
 }
 
 /* Leading blocks of `it` that the rank's cache holds. The last token always runs: its logits are wanted. Who wants to hear of
@@ -443,7 +471,7 @@ static item *worst_on(const scheduler *s, int rank, bool only_held)
 {
     item *worst = NULL, **list = running_on(s, rank);
     for (int i = 0; i < s->n_on_rank[rank]; i++)
-        if ((list[i]->held || !only_held) && (!worst || list[i]->held >= worst->held))
+        if (!list[i]->move && (list[i]->held || !only_held) && (!worst || list[i]->held >= worst->held))
             worst = list[i];
     return worst;
 }
@@ -464,7 +492,7 @@ static void grow(scheduler *s, item *it)
 
 static bool needs_block(const scheduler *s, const item *it)
 {
-    return !it->held && it->n_done >= it->n_given && it->n_tokens > it->n_blocks * s->limits.kv_block;
+    return !it->held && !it->move && it->n_done >= it->n_given && it->n_tokens > it->n_blocks * s->limits.kv_block;
 }
 
 /* Best first: who is pushed out for one is held or has not had its turn. */
@@ -591,6 +619,23 @@ static void take_place(scheduler *s, item *it)
     s->n_running++;
 }
 
+static void tell_join(scheduler *s, const item *it, bool moved)
+{
+    s->joins[s->step.n_joins++] = (scheduler_join){.id = it->id,
+                                                   .user = it->user,
+                                                   .rank = it->rank,
+                                                   .place = it->place,
+                                                   .tokens = it->tokens,
+                                                   .n_tokens = it->n_tokens,
+                                                   .n_generated = it->n_tokens - it->n_submitted,
+                                                   .n_cached = it->n_done,
+                                                   .n_ran = it->n_ran,
+                                                   .blocks = it->blocks,
+                                                   .n_blocks = it->n_blocks,
+                                                   .judged = it->judged,
+                                                   .moved = moved};
+}
+
 static void admit(scheduler *s, item *it, int rank, int n_cached)
 {
     bool again = fair_queue_at(s->queue, it->where)->again;
@@ -609,17 +654,7 @@ static void admit(scheduler *s, item *it, int rank, int n_cached)
     it->n_done = cached;
     it->n_given = it->n_tokens;
     s->load[rank] += pending_rows(it) + DECODER_ROWS;
-    s->joins[s->step.n_joins++] = (scheduler_join){.id = it->id,
-                                                   .user = it->user,
-                                                   .rank = rank,
-                                                   .place = it->place,
-                                                   .tokens = it->tokens,
-                                                   .n_tokens = it->n_tokens,
-                                                   .n_generated = it->n_tokens - it->n_submitted,
-                                                   .n_cached = cached,
-                                                   .n_ran = it->n_ran,
-                                                   .blocks = it->blocks,
-                                                   .n_blocks = it->n_blocks};
+    tell_join(s, it, false);
 }
 
 /* Keeps a rank for one that was overtaken too often: the one it asked for, else where most is free. */
@@ -691,32 +726,142 @@ static void admit_waiting(scheduler *s)
     }
 }
 
+/* ---- moving ---------------------------------------------------------------------------------------------------------------- */
+
+bool scheduler_has_room(const scheduler *s, int rank)
+{
+    int all = s->n_running + fair_queue_count(s->queue), n = s->limits.n_ranks;
+    all = all < s->limits.max_running ? all : s->limits.max_running;
+    return s->n_on_rank[rank] < (21 * all + 20 * n - 1) / (20 * n);
+}
+
+void scheduler_judge(scheduler *s, uint64_t id, int rank)
+{
+    item *it = find(s, id);
+    if (!it || it->judged)
+        return;
+    it->judged = true;
+    if (rank >= 0 && s->n_wishes < s->limits.n_ranks * s->limits.n_places)
+        s->wishes[s->n_wishes++] = (wish){.id = id, .rank = rank};
+}
+
+static move *find_move(scheduler *s, uint64_t key)
+{
+    for (int i = 0; i < MOST_MOVES; i++)
+        if (s->underway[i].key == key)
+            return &s->underway[i];
+    return NULL;
+}
+
+static void give_moved(scheduler *s, int rank, const int32_t *blocks, int n)
+{
+    while (n > 0)
+        kv_blocks_give(s->blocks[rank], blocks[--n]);
+}
+
+void scheduler_sent(scheduler *s, uint64_t key)
+{
+    move *m = key ? find_move(s, key) : NULL;
+    if (!m || m->sent)
+        return;
+    give_moved(s, m->from, m->from_blocks, m->n_blocks);
+    m->sent = true;
+    if (m->received)
+        m->key = 0;
+}
+
+void scheduler_received(scheduler *s, uint64_t key)
+{
+    move *m = key ? find_move(s, key) : NULL;
+    if (!m || m->received)
+        return;
+    if (m->it)
+        m->it->move = NULL;
+    else
+        give_moved(s, m->to, m->to_blocks, m->n_blocks);
+    m->it = NULL;
+    m->received = true;
+    if (m->sent)
+        m->key = 0;
+}
+
+/* Out of its place with blocks and all, into one of the other rank. */
+static void change_place(scheduler *s, item *it, move *m)
+{
+    int n = m->n_blocks = blocks_of(s, it->n_done);
+    tell_leave(s, it);
+    memcpy(m->from_blocks, it->blocks, (size_t)n * sizeof *it->blocks);
+    while (it->n_blocks > n)
+        kv_blocks_give(s->blocks[it->rank], it->blocks[--it->n_blocks]);
+    it->n_blocks = 0;
+    leave_place(s, it);
+    it->rank = m->to;
+    take_blocks(s, it, 0);
+    take_place(s, it);
+    memcpy(m->to_blocks, it->blocks, (size_t)n * sizeof *it->blocks);
+    it->n_ran = it->n_done > it->n_ran ? it->n_done : it->n_ran;
+}
+
+static void move_one(scheduler *s, const wish *w)
+{
+    item *it = find(s, w->id);
+    move *m = find_move(s, 0);
+    if (!it || it->place < 0 || it->held || it->move || it->rank == w->rank || it->wanted_rank >= 0 || it->n_done == 0 || !m ||
+        blocks_of(s, it->n_done) > MOST_MOVED || !scheduler_has_room(s, w->rank) || !fits(s, it, w->rank, 0))
+        return;
+    *m = (move){.key = ++s->n_moves, .it = it, .from = it->rank, .to = w->rank};
+    change_place(s, it, m);
+    it->move = m;
+    s->moved_blocks += (unsigned)m->n_blocks;
+    s->moves[s->step.n_moves++] = (scheduler_move){.key = m->key,
+                                                   .from = m->from,
+                                                   .to = m->to,
+                                                   .n_blocks = m->n_blocks,
+                                                   .from_blocks = m->from_blocks,
+                                                   .to_blocks = m->to_blocks};
+    tell_join(s, it, true);
+}
+
+static void move_wished(scheduler *s)
+{
+    for (int i = 0; i < s->n_wishes; i++)
+        move_one(s, &s->wishes[i]);
+    s->n_wishes = 0;
+}
+
 /* ---- rows ------------------------------------------------------------------------------------------------------------------ */
+
+/* Rows that may run now. */
+static int ready_rows(const scheduler *s, const item *it)
+{
+    int pending = pending_rows(it), first = s->limits.first_rows - it->n_done;
+    return it->move ? 0 : s->limits.first_rows && !it->judged && first > 0 && first < pending ? first : pending;
+}
 
 static bool is_prompt(const item *it)
 {
-    return !it->held && it->n_done < it->n_given;
+    return !it->held && !it->move && it->n_done < it->n_given;
 }
 
-static int give_rows(item *it, int most)
+static int give_rows(const scheduler *s, item *it, int most)
 {
-    int pending = pending_rows(it) - it->rows, n = pending < most ? pending : most;
+    int ready = ready_rows(s, it) - it->rows, n = ready < most ? ready : most;
     it->rows += n;
     return n;
 }
 
 /* `budget` rows to the prompts [n], best first, of one priority: half to the first, then shortest first. */
-static int spread_class(item **prompts, int n, int budget)
+static int spread_class(const scheduler *s, item **prompts, int n, int budget)
 {
-    int left = budget - give_rows(prompts[0], (budget + 1) / 2);
+    int left = budget - give_rows(s, prompts[0], (budget + 1) / 2);
     while (left > 0) {
         item *shortest = NULL;
         for (int i = 0; i < n; i++)
-            if (pending_rows(prompts[i]) > prompts[i]->rows && (!shortest || pending_rows(prompts[i]) < pending_rows(shortest)))
+            if (ready_rows(s, prompts[i]) > prompts[i]->rows && (!shortest || pending_rows(prompts[i]) < pending_rows(shortest)))
                 shortest = prompts[i];
         if (!shortest)
             break;
-        left -= give_rows(shortest, left);
+        left -= give_rows(s, shortest, left);
     }
     return budget - left;
 }
@@ -735,7 +880,7 @@ static int spread_rank(scheduler *s, int rank, int budget)
     for (int first = 0, end; first < n && given < budget; first = end) {
         for (end = first; end < n && s->prompts[end]->priority == s->prompts[first]->priority;)
             end++;
-        given += spread_class(s->prompts + first, end - first, budget - given);
+        given += spread_class(s, s->prompts + first, end - first, budget - given);
     }
     return given;
 }
@@ -825,7 +970,7 @@ static int give_decode_rows(scheduler *s, bool *any_prompt)
         for (int i = 0; i < s->n_on_rank[r]; i++) {
             item *it = running_on(s, r)[i];
             bool prompt = is_prompt(it);
-            it->rows = !it->held && !prompt;
+            it->rows = !it->held && !it->move && !prompt;
             n += it->rows;
             *any_prompt |= prompt;
         }
@@ -853,7 +998,8 @@ static void choose_rows(scheduler *s)
 
 const scheduler_step *scheduler_plan(scheduler *s)
 {
-    s->step = (scheduler_step){.leaves = s->leaves, .joins = s->joins, .growths = s->growths, .rows = s->rows};
+    s->step = (scheduler_step){.leaves = s->leaves, .joins = s->joins, .growths = s->growths, .rows = s->rows, .moves = s->moves};
+    move_wished(s);
     for (int r = 0; r < s->limits.n_ranks; r++)
         grow_running(s, r);
     admit_waiting(s);
@@ -870,7 +1016,8 @@ void scheduler_ran(scheduler *s, double seconds)
             item *it = running_on(s, r)[i];
             it->n_done += it->rows;
             it->rows = 0;
-            name_blocks(s, it);
+            if (!it->move)
+                name_blocks(s, it);
         }
     if (s->planned.total_rows > 0)
         step_cost_add(&s->cost, &s->planned, seconds);
@@ -895,6 +1042,8 @@ void scheduler_get_counters(scheduler *s, scheduler_counters *out)
                                 .n_preempted = s->n_preempted,
                                 .prefix_queries = s->prefix_queries,
                                 .prefix_hits = s->prefix_hits,
+                                .n_moved = s->n_moves,
+                                .moved_blocks = s->moved_blocks,
                                 .kv_free_of_rank = s->n_free};
 }
 
@@ -906,6 +1055,17 @@ const kv_blocks *scheduler_blocks(const scheduler *s, int rank)
     return s->blocks[rank];
 }
 
+/* Uses of a block by a move alone. */
+static int count_moving(const move *m, int rank, int32_t block)
+{
+    int n = 0;
+    for (int i = 0; m->key && i < m->n_blocks; i++) {
+        n += !m->sent && m->from == rank && m->from_blocks[i] == block;
+        n += !m->received && !m->it && m->to == rank && m->to_blocks[i] == block;
+    }
+    return n;
+}
+
 static bool users_are_right(const scheduler *s, int rank)
 {
     for (int32_t b = 0; b < kv_blocks_count(s->blocks[rank]); b++) {
@@ -913,6 +1073,8 @@ static bool users_are_right(const scheduler *s, int rank)
         for (int i = 0; i < s->n_on_rank[rank]; i++)
             for (int j = 0; j < running_on(s, rank)[i]->n_blocks; j++)
                 users += running_on(s, rank)[i]->blocks[j] == b;
+        for (int i = 0; i < MOST_MOVES; i++)
+            users += count_moving(&s->underway[i], rank, b);
         if (users != kv_blocks_users(s->blocks[rank], b))
             return false;
     }

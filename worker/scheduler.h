@@ -25,6 +25,10 @@
  * rank half of the prompt rows go to the best prompt (priority, then age), so that none starves, and half to the shortest, so
  * that a question of ten tokens does not wait for a book.
  *
+ * Moves: once scheduler_judge() has said that a sequence is better off on another rank, it leaves its place and joins there in
+ * one step, its blocks' contents travel beside the steps, and it gets rows again when they have arrived. Blocks are free again
+ * when both ends have told. Until it is judged a sequence gets `first_rows` rows at most, so that a long prompt may move early.
+ *
  * None of this changes a token: kernels do not care how rows are grouped (model.h). */
 #ifndef CONVOKE_WORKER_SCHEDULER_H
 #define CONVOKE_WORKER_SCHEDULER_H
@@ -41,6 +45,7 @@ typedef struct {
     bool prefix_cache;
     double step_seconds; /* 0: chosen by measurement */
     double touch;        /* step_cost.h */
+    int first_rows;      /* before scheduler_judge(); 0: nobody is judged */
     prefix_secret secret;
 } scheduler_limits;
 
@@ -73,7 +78,16 @@ typedef struct {
     int n_ran;             /* rows that have run before, in an earlier place: what they gave has been reported */
     const int32_t *blocks; /* [n_blocks] */
     int n_blocks;
+    bool judged;
+    bool moved; /* it has not been in the queue: a scheduler_move goes with it */
 } scheduler_join;
+
+/* The contents of from_blocks on one rank belong into to_blocks on another. */
+typedef struct {
+    uint64_t key; /* for scheduler_sent() and _received() */
+    int from, to, n_blocks;
+    const int32_t *from_blocks, *to_blocks;
+} scheduler_move;
 
 typedef struct {
     int rank, place;
@@ -85,11 +99,12 @@ typedef struct {
 } scheduler_rows;
 
 typedef struct {
-    int n_leaves, n_joins, n_growths, n_rows;
+    int n_leaves, n_joins, n_growths, n_rows, n_moves;
     const scheduler_leave *leaves;
     const scheduler_join *joins;
     const scheduler_growth *growths;
     const scheduler_rows *rows; /* by rank */
+    const scheduler_move *moves;
     int prefill_rows, decode_rows;
     double budget_seconds, expected_seconds; /* 0: no budget; nothing known */
 } scheduler_step;
@@ -97,6 +112,7 @@ typedef struct {
 typedef struct {
     int n_running, n_waiting;
     unsigned long long n_preempted, prefix_queries, prefix_hits;
+    unsigned long long n_moved, moved_blocks;
     const int *kv_free_of_rank; /* [n_ranks] without user */
 } scheduler_counters;
 
@@ -118,6 +134,15 @@ void scheduler_hold(scheduler *s, uint64_t id, bool hold);
 void scheduler_forget_prefixes(scheduler *s);
 /* Whether somebody not held is here. */
 bool scheduler_busy(const scheduler *s);
+
+/* Whether a rank owns fewer than ceil(1.05 / n_ranks) of those who run or could. */
+bool scheduler_has_room(const scheduler *s, int rank);
+/* The sequence may run as it likes from now on, and moves to `rank` with the next step if there is a place with blocks then (-1:
+ * it stays). */
+void scheduler_judge(scheduler *s, uint64_t id, int rank);
+/* The ends of a move have told: its contents have left; they have arrived. */
+void scheduler_sent(scheduler *s, uint64_t key);
+void scheduler_received(scheduler *s, uint64_t key);
 
 /* Decides the next step; valid until the next call. */
 const scheduler_step *scheduler_plan(scheduler *s);

@@ -421,6 +421,8 @@ static status summarise(score *s)
         memcpy(load + (size_t)r * (size_t)layers, (const char *)parts[r] + sizeof *ranks, load_bytes);
         add_links((const char *)parts[r] + sizeof *ranks + load_bytes, (size_t)n, (size_t)r, links);
     }
+    engine_counters counters;
+    engine_get_counters(runtime_engine(s->runtime), &counters);
     score_summary summary = {.options = s->options,
                              .config = runtime_config(s->runtime),
                              .plan = runtime_plan(s->runtime),
@@ -435,6 +437,8 @@ static status summarise(score *s)
                              .times = *engine_get_times(runtime_engine(s->runtime)),
                              .layer_load = load,
                              .link_rows = links,
+                             .n_moved = counters.n_moved,
+                             .moved_bytes = counters.moved_bytes,
                              .routing = s->routing,
                              .load_seconds = s->ready - s->start};
     if (s->options->json)

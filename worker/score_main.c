@@ -10,7 +10,7 @@
 typedef struct {
     const char *model, *input, *plan, *logits, *routing, *stats, *topology;
     int64_t greedy, threads, batch, chunk, kv_bytes, ranks_per_node;
-    int combine, rows, weights, replicas;
+    int combine, rows, weights, replicas, owners;
     bool json;
 } command_line;
 
@@ -34,8 +34,10 @@ static status parse(int argc, char **argv, command_line *c, options_wish *wish)
          .help = "use weights where the file is mapped, or copy this rank's share"},
         {"replicas", OPTION_CHOICE, &c->replicas, .choices = "owner-first|round-robin|step", .fallback = "owner-first",
          .help = "which copy of a replicated expert computes a row (step: by the step's load)"},
+        {"owners", OPTION_CHOICE, &c->owners, .choices = "spread|affinity", .fallback = "spread",
+         .help = "where sequences live (affinity: after their first rows, near their experts)"},
         {"topology", OPTION_STRING, &c->topology, .argument = "TOPOLOGY.json",
-         .help = "what computing costs on each rank, for --replicas step (default: constants)"},
+         .help = "what computing and sending cost, for --replicas step and --owners affinity (default: constants)"},
         {"threads", OPTION_INT, &c->threads, .argument = "T", .environment = "CONVOKE_THREADS", .fallback = "0", .max = 1024,
          .help = "threads per rank (0: the node's cores over its ranks)"},
         {"batch", OPTION_INT, &c->batch, .argument = "B", .fallback = "32", .min = 1, .max = 65536,
@@ -61,22 +63,24 @@ static status parse(int argc, char **argv, command_line *c, options_wish *wish)
 
 static score_options make_options(const command_line *c)
 {
-    return (score_options){
-        .runtime = {.model_dir = c->model,
-                    .plan_path = c->plan,
-                    .threads = (int)c->threads,
-                    .weights = c->weights == 0 ? WEIGHTS_MAP : WEIGHTS_COPY,
-                    .combine = (combine_mode)c->combine,
-                    .rows = c->rows == 0 ? ROWS_F32 : ROWS_BF16,
-                    .replicas = (replica_choice)c->replicas,
-                    .topology_path = c->topology,
-                    .limits = {.max_sequences = (int)c->batch, .chunk = (int)c->chunk, .kv_bytes = (size_t)c->kv_bytes}},
-        .input_path = c->input,
-        .logits_path = c->logits,
-        .routing_path = c->routing,
-        .stats_path = c->stats,
-        .greedy = (int)c->greedy,
-        .json = c->json};
+    return (score_options){.runtime = {.model_dir = c->model,
+                                       .plan_path = c->plan,
+                                       .threads = (int)c->threads,
+                                       .weights = c->weights == 0 ? WEIGHTS_MAP : WEIGHTS_COPY,
+                                       .combine = (combine_mode)c->combine,
+                                       .rows = c->rows == 0 ? ROWS_F32 : ROWS_BF16,
+                                       .replicas = (replica_choice)c->replicas,
+                                       .topology_path = c->topology,
+                                       .limits = {.owners = (engine_owners)c->owners,
+                                                  .max_sequences = (int)c->batch,
+                                                  .chunk = (int)c->chunk,
+                                                  .kv_bytes = (size_t)c->kv_bytes}},
+                           .input_path = c->input,
+                           .logits_path = c->logits,
+                           .routing_path = c->routing,
+                           .stats_path = c->stats,
+                           .greedy = (int)c->greedy,
+                           .json = c->json};
 }
 
 /* The sentence of the one rank that has it. */

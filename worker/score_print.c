@@ -193,6 +193,8 @@ void score_print_text(const score_summary *s)
     printf("rows      %.2f MB stayed on their rank; out %.2f MB same node, %.2f MB cross node; back %.2f and %.2f MB; headers "
            "%.2f MB\n",
            t.same_rank / 1e6, t.same_node / 1e6, t.cross_node / 1e6, t.back_node / 1e6, t.back_cross / 1e6, t.header / 1e6);
+    if (s->options->runtime.limits.owners == OWNERS_AFFINITY)
+        printf("owners    %llu sequences moved, with %.2f MB of keys and values\n", s->n_moved, (double)s->moved_bytes / 1e6);
     if (s->options->runtime.combine == COMBINE_FIXED)
         printf("fixed     %.0f of %.0f rows had an element out of range (%.0f elements)\n", t.spilled_rows, t.combined_rows,
                t.spills);
@@ -267,6 +269,8 @@ static void json_run(cJSON *o, const score_summary *s, const totals *t)
     cJSON_AddNumberToObject(o, "return_bytes_same_node", t->back_node);
     cJSON_AddNumberToObject(o, "return_bytes_cross_node", t->back_cross);
     cJSON_AddNumberToObject(o, "header_bytes", t->header);
+    cJSON_AddNumberToObject(o, "moved_sequences", (double)s->n_moved);
+    cJSON_AddNumberToObject(o, "moved_bytes", (double)s->moved_bytes);
     cJSON_AddNumberToObject(o, "spilled_elements", t->spills);
     cJSON_AddNumberToObject(o, "spilled_rows", t->spilled_rows);
     cJSON_AddNumberToObject(o, "combined_rows", t->combined_rows);

@@ -86,9 +86,9 @@ static status read_setup(const server *s, runtime_options *o)
 {
     static const char *const combines[] = {"exact", "fixed", "fast"}, *const weights[] = {"map", "copy"};
     static const char *const rows[] = {"fp32", "bf16"}, *domain = "served";
-    static const char *const replicas[] = {"owner-first", "round-robin", "step"};
+    static const char *const replicas[] = {"owner-first", "round-robin", "step"}, *const owners[] = {"spread", "affinity"};
     const Convoke__Control__Setup *from = s->setup;
-    int combine = COMBINE_FIXED, weight = 0, row = 0, replica = 0;
+    int combine = COMBINE_FIXED, weight = 0, row = 0, replica = 0, owner = OWNERS_SPREAD;
     if (*from->combine)
         TRY(choose("combine", from->combine, combines, 3, &combine));
     if (*from->weights)
@@ -97,6 +97,8 @@ static status read_setup(const server *s, runtime_options *o)
         TRY(choose("rows", from->rows, rows, 2, &row));
     if (*from->replicas)
         TRY(choose("replicas", from->replicas, replicas, 3, &replica));
+    if (*from->owners)
+        TRY(choose("owners", from->owners, owners, 2, &owner));
     if (!*from->model_dir)
         return status_fail(STATUS_BAD_INPUT, "the coordinator's setup names no model");
     if (from->max_sequences > 65536 || from->max_length > INT_MAX || from->threads > 1024)
@@ -120,6 +122,7 @@ static status read_setup(const server *s, runtime_options *o)
                                       .kv_bytes = from->kv_bytes,
                                       .step_seconds = from->step_budget_us * 1e-6,
                                       .prefix_cache = from->prefix_cache,
+                                      .owners = (engine_owners)owner,
                                       .count_pairs = from->count_pairs,
                                       .n_domains = 1,
                                       .domains = &domain}};
@@ -391,6 +394,8 @@ static status send_report(server *s)
     head.n_load_max_over_mean = (size_t)runtime_config(s->runtime)->n_moe_layers;
     head.load_max_over_mean = (double *)c.load_max_over_mean;
     head.plan_epoch = c.plan_epoch;
+    head.n_moved = c.n_moved;
+    head.moved_bytes = c.moved_bytes;
     head.n_replans = fill_replans(s, &c.replan, replans);
     head.replans = pointers;
     head.n_compute_seconds_of_rank = (size_t)s->n_ranks;
