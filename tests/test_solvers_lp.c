@@ -2,8 +2,10 @@
 #include "placement/planner/bounds.h"
 #include "placement/planner/flow_cost.h"
 #include "placement/planner/layer_ilp.h"
+#include "placement/planner/moetuner_ilp.h"
 #include "placement/planner/score.h"
 #include "placement/planner/solver.h"
+#include "proto/clock.h"
 #include "tests/support.h"
 #include "tests/support_problem.h"
 
@@ -109,6 +111,7 @@ static void partition_finds_the_fewest_ranks(void **state)
             &(support_problem_size){.layers = 2, .experts = 8, .ranks = 4, .extra_slots = 1, .slack = true, .even = round % 2},
             &s);
         const problem *p = s.problem;
+        s.request.work = 50000;
         solver_report report;
         double got = solve_by(&solver_partition, p, &report), best = 0;
         for (int l = 0; l < p->n_layers; l++)
@@ -321,6 +324,292 @@ static void ilp_proves_tiny_problems(void **state)
     assert_true(compared > 40 && proved > 20);
 }
 
+/* ---- MoETuner ----------------------------------------------------------------------------------------------------------- */
+
+static double busiest(const void *arg, const problem *p, int layer, const int *home)
+{
+    (void)arg;
+    double worst = 0;
+    for (int g = 0; g < p->n_ranks; g++) {
+        double rows = 0;
+        int n = 0;
+        for (int e = 0; e < p->n_experts; e++) {
+            n += home[e] == g;
+            rows += home[e] == g ? p->load[problem_at(p, layer, e)] : 0;
+        }
+        if (n == 0 && p->n_experts >= p->n_ranks)
+            return HUGE_VAL; /* no cluster is empty */
+        worst = fmax(worst, rows / (p->rows[layer] * p->share[g]));
+    }
+    return worst;
+}
+
+static void ilp_1_equals_exhaustive_search(void **state)
+{
+    (void)state;
+    uint64_t seed = 51;
+    for (int round = 0; round < 25; round++) {
+        support_problem s;
+        /* As many slots as experts: sizes are free. */
+        support_random_problem(&seed, &(support_problem_size){.layers = 1, .experts = 8, .ranks = 4, .even = round % 2}, &s);
+        problem *p = s.problem;
+        for (int g = 0; g < p->n_ranks; g++)
+            p->slots[g] = p->n_experts;
+        lp_model *m;
+        lp_result r;
+        assert_int_equal(moetuner_ilp1_create(p, 0, &m), STATUS_OK);
+        assert_int_equal(lp_solve(m, &(lp_options){0}, &r), STATUS_OK);
+        assert_int_equal(r.outcome, LP_OPTIMAL);
+        assert_true(fabs(r.objective - fmax(1, exhaustive_best(p, 0, false, busiest, NULL))) < 1e-6);
+        lp_result_clear(&r);
+        lp_destroy(m);
+        support_problem_clear(&s);
+    }
+}
+
+/* Random flows and links; some clusters are not allowed everywhere, but each always on the rank of its own number. */
+typedef struct {
+    double flow[3 * 16], us[16];
+    bool allowed[4 * 16];
+    cluster_order order;
+} random_order;
+
+static void make_order(uint64_t *seed, int n_layers, int n, random_order *r)
+{
+    for (int i = 0; i < 3 * 16; i++)
+        r->flow[i] = support_below(seed, 1000) / 7.0;
+    for (int g = 0; g < n; g++)
+        for (int h = 0; h < n; h++)
+            r->us[g * n + h] = g == h ? 0 : 0.1 * (1 + support_below(seed, 5));
+    for (int l = 0; l < n_layers; l++)
+        for (int c = 0; c < n; c++)
+            for (int g = 0; g < n; g++)
+                r->allowed[(l * n + c) * n + g] = c == g || support_below(seed, 5) > 0;
+    r->order = (cluster_order){n_layers, n, r->flow, r->us, r->allowed};
+}
+
+static double try_orders(const cluster_order *o, int at, int *rank)
+{
+    if (at == o->n_layers * o->n)
+        return cluster_order_cost(o, rank);
+    double best = HUGE_VAL;
+    int layer = at / o->n, c = at % o->n;
+    for (int g = 0; g < o->n; g++) {
+        bool taken = !o->allowed[at * o->n + g];
+        for (int d = 0; d < c; d++)
+            taken |= rank[layer * o->n + d] == g;
+        if (taken)
+            continue;
+        rank[at] = g;
+        best = fmin(best, try_orders(o, at + 1, rank));
+    }
+    return best;
+}
+
+static void ilp_2_equals_the_dynamic_programme_and_brute_force(void **state)
+{
+    (void)state;
+    uint64_t seed = 52;
+    static const int sizes[][2] = {{2, 2}, {4, 2}, {2, 3}, {3, 3}, {4, 3}, {2, 4}, {3, 4}, {4, 4}};
+    for (int round = 0; round < 24; round++) {
+        random_order r;
+        int n_layers = sizes[round % 8][0], n = sizes[round % 8][1], rank[16], scratch[16];
+        make_order(&seed, n_layers, n, &r);
+        const cluster_order *o = &r.order;
+        double best = try_orders(o, 0, scratch);
+        for (int i = 0; i < n_layers * n; i++)
+            rank[i] = i % n;
+        assert_int_equal(cluster_order_exact(o, rank), STATUS_OK);
+        assert_true(fabs(cluster_order_cost(o, rank) - best) < 1e-9);
+        if (n_layers * n > 12 && round > 8)
+            continue; /* the largest takes GLPK a second */
+        lp_model *m;
+        lp_result found;
+        assert_true(moetuner_ilp2_possible(o));
+        assert_int_equal(moetuner_ilp2_create(o, &m), STATUS_OK);
+        double *start = calloc((size_t)lp_n_columns(m), sizeof *start);
+        for (int i = 0; i < n_layers * n; i++)
+            rank[i] = i % n;
+        moetuner_ilp2_start(o, rank, start);
+        assert_int_equal(lp_solve(m, &(lp_options){.start = start, .pseudocosts = true}, &found), STATUS_OK);
+        assert_int_equal(found.outcome, LP_OPTIMAL);
+        assert_true(fabs(found.objective / moetuner_scale(o) - best) < 1e-6 * best);
+        for (int l = 0; l < n_layers; l++)
+            moetuner_take(o, found.x + l * n * n, rank + l * n);
+        assert_true(fabs(cluster_order_cost(o, rank) - best) < 1e-6 * best);
+        free(start);
+        lp_result_clear(&found);
+        lp_destroy(m);
+    }
+}
+
+static bool keeps_allowed(const cluster_order *o, const int *rank)
+{
+    for (int l = 0; l < o->n_layers; l++) {
+        unsigned seen = 0;
+        for (int c = 0; c < o->n; c++) {
+            if (!o->allowed[(l * o->n + c) * o->n + rank[l * o->n + c]])
+                return false;
+            seen |= 1u << rank[l * o->n + c];
+        }
+        if (seen != (1u << o->n) - 1)
+            return false;
+    }
+    return true;
+}
+
+static void the_beam_keeps_permutations_and_is_near_the_optimum(void **state)
+{
+    (void)state;
+    uint64_t seed = 53;
+    support_problem s;
+    support_random_problem(&seed, &(support_problem_size){0}, &s);
+    double beams = 0, bests = 0;
+    for (int round = 0; round < 30; round++) {
+        random_order r;
+        make_order(&seed, 4, 4, &r);
+        int rank[16], exact[16];
+        for (int i = 0; i < 16; i++)
+            rank[i] = exact[i] = i % 4;
+        double before = cluster_order_cost(&r.order, rank);
+        random_stream random = random_open(s.problem, (uint64_t)round);
+        work_budget work = {.left = 1000000};
+        assert_int_equal(cluster_order_beam(&r.order, &random, &work, rank), STATUS_OK);
+        assert_int_equal(cluster_order_exact(&r.order, exact), STATUS_OK);
+        assert_true(keeps_allowed(&r.order, rank) && keeps_allowed(&r.order, exact));
+        assert_true(cluster_order_cost(&r.order, rank) <= before);
+        beams += cluster_order_cost(&r.order, rank);
+        bests += cluster_order_cost(&r.order, exact);
+    }
+    assert_true(beams >= bests && beams < 1.05 * bests);
+    support_problem_clear(&s);
+}
+
+static void a_window_is_the_best_layer_between_its_neighbours(void **state)
+{
+    (void)state;
+    uint64_t seed = 54;
+    for (int round = 0; round < 30; round++) {
+        random_order r;
+        int rank[12], layer = round % 3;
+        make_order(&seed, 3, 4, &r);
+        for (int i = 0; i < 12; i++)
+            rank[i] = i % 4;
+        lp_model *m;
+        lp_result found;
+        double start[4 * 4 + 2];
+        assert_int_equal(moetuner_window_create(&r.order, layer, rank, &m), STATUS_OK);
+        moetuner_window_start(&r.order, layer, rank, start);
+        assert_int_equal(lp_solve(m, &(lp_options){.start = start}, &found), STATUS_OK);
+        assert_int_equal(found.outcome, LP_OPTIMAL);
+        moetuner_take(&r.order, found.x, rank + layer * 4);
+        double got = cluster_order_cost(&r.order, rank), best = got;
+        bool only[4 * 16]; /* brute force over this layer alone */
+        memcpy(only, r.allowed, sizeof only);
+        for (int l = 0; l < 3; l++)
+            for (int c = 0; c < 4 && l != layer; c++)
+                for (int g = 0; g < 4; g++)
+                    only[(l * 4 + c) * 4 + g] = rank[l * 4 + c] == g;
+        r.order.allowed = only;
+        int scratch[12];
+        best = try_orders(&r.order, 0, scratch);
+        assert_true(fabs(got - best) < 1e-6 * best);
+        lp_result_clear(&found);
+        lp_destroy(m);
+    }
+}
+
+static void moetuner_keeps_totals_and_its_bound(void **state)
+{
+    (void)state;
+    uint64_t seed = 55;
+    for (int round = 0; round < 60; round++) {
+        support_problem s;
+        support_random_problem(&seed, &(support_problem_size){.ranks = 8, .slack = true, .extra_slots = 1, .even = round % 2},
+                               &s);
+        s.request.work = 100000;
+        solver_report report;
+        double got = solve_by(&solver_moetuner, s.problem, &report); /* solver_run checks totals and caps */
+        assert_true(report.bound <= got);
+        support_problem_clear(&s);
+    }
+}
+
+/* ---- what every solver here promises -------------------------------------------------------------------------------------- */
+
+static const solver *const mine[] = {&solver_partition, &solver_ilp, &solver_moetuner};
+enum { N_MINE = sizeof mine / sizeof mine[0] };
+
+static void the_same_work_gives_the_same_plan_on_any_number_of_threads(void **state)
+{
+    (void)state;
+    uint64_t seed = 61;
+    for (int round = 0; round < 4 * N_MINE; round++) {
+        support_problem s;
+        support_random_problem(&seed, &(support_problem_size){.layers = 4, .experts = 16, .ranks = 4, .exact = true}, &s);
+        plan made[3];
+        size_t size = problem_at(s.problem, s.problem->n_layers, 0) * sizeof(int);
+        s.request.work = 20000;
+        for (int i = 0; i < 3; i++) {
+            s.request.threads = 1 + i;
+            solver_report report;
+            assert_int_equal(solver_run(mine[round % N_MINE], s.problem, &report, &made[i]), STATUS_OK);
+            assert_false(report.out_of_time);
+        }
+        for (int i = 1; i < 3; i++)
+            assert_memory_equal(made[0].copy_ranks, made[i].copy_ranks, size);
+        for (int i = 0; i < 3; i++)
+            plan_clear(&made[i]);
+        support_problem_clear(&s);
+    }
+}
+
+static void no_solver_is_worse_than_its_seed(void **state)
+{
+    (void)state;
+    uint64_t seed = 62;
+    for (int round = 0; round < 10 * N_MINE; round++) {
+        support_problem s;
+        plan start, made;
+        solver_report report;
+        support_random_problem(&seed, &(support_problem_size){.extra_slots = 1, .slack = true}, &s);
+        assert_int_equal(support_random_problem_plan(&seed, s.problem, round % 2, &start), STATUS_OK);
+        s.request.seed = &start;
+        s.request.work = round % 3 ? 20000 : 1;
+        const solver *by = mine[round % N_MINE];
+        double before, after;
+        assert_int_equal(solver_run(by, s.problem, &report, &made), STATUS_OK);
+        assert_int_equal(by->measure(s.problem, &start, &before), STATUS_OK);
+        assert_int_equal(by->measure(s.problem, &made, &after), STATUS_OK);
+        assert_true(after <= before * (1 + 1e-12));
+        plan_clear(&start);
+        plan_clear(&made);
+        support_problem_clear(&s);
+    }
+}
+
+static void the_time_limit_is_kept(void **state)
+{
+    (void)state;
+    uint64_t seed = 63;
+    for (int i = 0; i < N_MINE; i++) {
+        support_problem s;
+        support_random_problem(
+            &seed,
+            &(support_problem_size){
+                .layers = 12, .experts = 64, .ranks = 8, .top_k = 4, .sequences = 60, .exact = true, .even = true},
+            &s);
+        s.request.seconds = 0.5;
+        double before = clock_seconds();
+        plan made;
+        solver_report report;
+        assert_int_equal(solver_run(mine[i], s.problem, &report, &made), STATUS_OK);
+        assert_true(clock_seconds() - before < 1.5);
+        plan_clear(&made);
+        support_problem_clear(&s);
+    }
+}
+
 /* ---- every bound, every plan -------------------------------------------------------------------------------------------- */
 
 static void no_plan_beats_a_bound(void **state)
@@ -356,6 +645,18 @@ int main(void)
         {"a layer's programme keeps caps and finds the best that does",
          a_layers_programme_keeps_caps_and_finds_the_best_that_does, NULL, NULL, NULL},
         {"ilp proves tiny problems", ilp_proves_tiny_problems, NULL, NULL, NULL},
+        {"ILP 1 equals exhaustive search", ilp_1_equals_exhaustive_search, NULL, NULL, NULL},
+        {"ILP 2 equals the dynamic programme and brute force", ilp_2_equals_the_dynamic_programme_and_brute_force, NULL, NULL,
+         NULL},
+        {"the beam keeps permutations and is near the optimum", the_beam_keeps_permutations_and_is_near_the_optimum, NULL, NULL,
+         NULL},
+        {"a window is the best layer between its neighbours", a_window_is_the_best_layer_between_its_neighbours, NULL, NULL,
+         NULL},
+        {"moetuner keeps totals and its bound", moetuner_keeps_totals_and_its_bound, NULL, NULL, NULL},
+        {"the same work gives the same plan on any number of threads", the_same_work_gives_the_same_plan_on_any_number_of_threads,
+         NULL, NULL, NULL},
+        {"no solver is worse than its seed", no_solver_is_worse_than_its_seed, NULL, NULL, NULL},
+        {"the time limit is kept", the_time_limit_is_kept, NULL, NULL, NULL},
         {"no plan beats a bound", no_plan_beats_a_bound, NULL, NULL, NULL},
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

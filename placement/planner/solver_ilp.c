@@ -15,7 +15,14 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { PIVOTS_PER_LAYER = 400000, LAYER_PARTS = 8, LAYER_NODES = 150, JOINT_NODES = 100000, MOST_SWEEPS = 40 };
+enum {
+    PIVOTS_PER_LAYER = 400000,
+    LAYER_PARTS = 8,
+    LAYER_NODES = 150,
+    JOINT_NODES = 100000,
+    JOINT_PIVOTS = 150000,
+    MOST_SWEEPS = 40
+};
 
 typedef struct {
     const problem *p;
@@ -277,8 +284,11 @@ static status solve_jointly(sweeper *s)
     status st = start ? STATUS_OK : status_fail(STATUS_NO_MEMORY, "no memory for an integer programme");
     if (st == STATUS_OK) {
         joint_ilp_start(s->p, s->home, start);
-        lp_options options = {
-            .seconds = seconds_left(s), .pivots = s->work.left + 1, .nodes = JOINT_NODES, .pseudocosts = true, .start = start};
+        lp_options options = {.seconds = seconds_left(s),
+                              .pivots = s->work.left < JOINT_PIVOTS ? s->work.left + 1 : JOINT_PIVOTS,
+                              .nodes = JOINT_NODES,
+                              .pseudocosts = true,
+                              .start = start};
         st = lp_solve(m, &options, &r);
     }
     if (st == STATUS_OK) {
