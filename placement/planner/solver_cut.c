@@ -14,7 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { STEPS_WITHOUT_GAIN = 2000, UPDATES_PER_LAYER = 16000000 };
+enum { STEPS_WITHOUT_GAIN = 2000, UPDATES_PER_LAYER = 1000000, UPDATES_PER_TOKEN = 40 };
 
 typedef struct {
     const problem *p;
@@ -230,7 +230,7 @@ static status cut_layer(void *arg, int l)
 static status solve(const problem *p, solver_report *report, plan *out)
 {
     size_t n_lists = problem_at(p, p->n_layers, 0), layers = (size_t)p->n_layers;
-    cutting a = {.p = p, .work = work_start(p, (int64_t)UPDATES_PER_LAYER * p->n_layers)};
+    cutting a = {.p = p, .work = work_start(p, (UPDATES_PER_LAYER + UPDATES_PER_TOKEN * p->traffic->n_tokens) * p->n_layers)};
     status st = STATUS_OK;
     a.home = malloc(n_lists * sizeof *a.home);
     a.spent = calloc(layers, sizeof *a.spent);
