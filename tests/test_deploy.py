@@ -15,8 +15,9 @@ import serving  # noqa: E402
 
 DEPLOY = os.path.join(serving.SOURCE, "deploy")
 PROGRAMS = {"convoke serve": ["convoke", "serve"], "convoke generate": ["convoke", "generate"], "convoke tokenize": ["convoke", "tokenize"],
-            "convoke-worker": ["convoke-worker"], "convoke-score": ["convoke-score"]}
-NAMES = re.compile(r"(?<![\w./-])(?:\S*/)?(convoke (?:serve|generate|tokenize)|convoke-worker|convoke-score)(?=\s)")
+            "convoke-worker": ["convoke-worker"], "convoke-score": ["convoke-score"],
+            **{f"convoke-plan {c}": ["convoke-plan", c] for c in ("import", "export", "stats", "show", "solve", "score", "compare", "simulate", "diff", "probe")}}
+NAMES = re.compile(r"(?<![\w./-])(?:\S*/)?(convoke (?:serve|generate|tokenize)|convoke-worker|convoke-score|convoke-plan [a-z]+)(?=\s)")
 # A command ends where the shell, a comment, a table's cell or a quotation ends it.
 END = re.compile(r"[|&;>`]|\s#\s|\.\s")
 
