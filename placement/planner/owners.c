@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { ROUNDS = 12, RESTARTS = 4 };
+enum { ROUNDS = 8, RESTARTS = 2 };
 static const double room_factor = 1.05;
 
 /* ---- handing out sequences with room ---- */

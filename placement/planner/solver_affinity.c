@@ -5,6 +5,7 @@
 #include "placement/planner/score.h"
 #include "placement/planner/solver.h"
 #include "placement/planner/start.h"
+#include "proto/clock.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -28,6 +29,7 @@ typedef struct {
     double best_us;
     bool has_best;
     int rounds, best_round;
+    double deadline; /* clock_seconds(); 0: none */
     solver_report *report;
 } search;
 
@@ -73,11 +75,17 @@ static status place_experts(search *s, double seconds, int64_t work, plan *made)
 static status improve(search *s, int start)
 {
     const problem_request *r = s->p->request;
+    int64_t part = r->work / (ROUNDS * STARTS);
+    part = r->work > 0 && part < 1 ? 1 : part; /* 0 would be no limit */
     TRY(owners_by_likeness(s->p, STREAM + (uint64_t)start, s->owners));
     for (int round = 0; round < ROUNDS; round++) {
         plan made = {0};
+        if (s->deadline > 0 && s->rounds > 0 && clock_seconds() >= s->deadline) {
+            s->report->out_of_time = true;
+            return STATUS_OK;
+        }
         s->rounds++;
-        TRY(place_experts(s, r->seconds / (ROUNDS * STARTS), r->work / (ROUNDS * STARTS), &made));
+        TRY(place_experts(s, r->seconds / (ROUNDS * STARTS), part, &made));
         status st = owners_by_plan(s->p, &made, s->owners);
         if (st == STATUS_OK)
             st = consider(s, &made);
@@ -91,7 +99,10 @@ static status solve(const problem *p, solver_report *report, plan *out)
 {
     if (!p->schedule)
         return status_fail(STATUS_USAGE, "solver affinity prices steps: give it a trace");
-    search s = {.p = p, .report = report, .owners = malloc((size_t)p->traffic->n_sequences * sizeof *s.owners)};
+    search s = {.p = p,
+                .report = report,
+                .owners = malloc((size_t)p->traffic->n_sequences * sizeof *s.owners),
+                .deadline = p->request->seconds > 0 ? clock_seconds() + p->request->seconds : 0};
     status st = s.owners ? STATUS_OK : status_fail(STATUS_NO_MEMORY, "no memory for owners");
     for (int start = 0; st == STATUS_OK && start < STARTS; start++)
         st = improve(&s, start);
