@@ -5,9 +5,9 @@
 #include <string.h>
 
 const solver *const solvers[] = {
-    &solver_contiguous, &solver_random, &solver_lpt,      &solver_eplb, &solver_eplb_apart,
-    &solver_craft,      &solver_exflow, &solver_chain,    &solver_cut,  &solver_partition,
-    &solver_ilp,        &solver_batch,  &solver_moetuner, &solver_affinity, &solver_auto, NULL,
+    &solver_contiguous, &solver_random, &solver_lpt,       &solver_eplb, &solver_eplb_apart, &solver_craft,    &solver_exflow,
+    &solver_chain,      &solver_cut,    &solver_partition, &solver_ilp,  &solver_batch,      &solver_moetuner, &solver_affinity,
+    &solver_auto,       NULL,
 };
 
 const solver *solver_find(const char *name)
