@@ -17,8 +17,7 @@ static status create_local(engine *e)
     return counts_create(e);
 }
 
-/* Owners by affinity may crowd a little. */
-static int places_per_rank(const engine_limits *limits, int n_ranks)
+int engine_places(const engine_limits *limits, int n_ranks)
 {
     if (limits->owners == OWNERS_AFFINITY)
         return (int)((21L * limits->max_sequences + 20L * n_ranks - 1) / (20L * n_ranks));
@@ -36,7 +35,7 @@ status engine_create(const model_parts *parts, const engine_limits *limits, engi
     e->listener_arg = arg;
     e->rank = group_rank(parts->group);
     e->n_ranks = group_size(parts->group);
-    e->n_places = places_per_rank(limits, e->n_ranks);
+    e->n_places = engine_places(limits, e->n_ranks);
     e->max_rows = e->n_places + limits->chunk;
     e->choices_per_row = (size_t)parts->config->n_moe_layers * (size_t)parts->config->top_k;
     status st;

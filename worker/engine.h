@@ -160,11 +160,12 @@ typedef struct {
     const int *kv_blocks_of_rank;                   /* [n_ranks] all */
     int last_prefill_rows, last_decode_rows;        /* of the last step, all ranks */
     double last_seconds;
-    const unsigned long long *rows_of_rank;  /* [n_ranks] (token, expert) rows computed */
-    const double *compute_of_rank;           /* [n_ranks] seconds in attention, experts and head */
-    uint64_t plan_epoch;                     /* of the plan the last step ran under */
-    engine_replan_state replan;              /* the last one asked for */
-    unsigned long long n_moved, moved_bytes; /* sequences given to another owner, and their keys and values */
+    const unsigned long long *rows_of_rank; /* [n_ranks] (token, expert) rows computed */
+    const double *compute_of_rank;          /* [n_ranks] seconds in attention, experts and head */
+    uint64_t plan_epoch;                    /* of the plan the last step ran under */
+    engine_replan_state replan;             /* the last one asked for */
+    /* Sequences given to another owner, their keys and values, and what of these crossed to another node. */
+    unsigned long long n_moved, moved_bytes, moved_cross_bytes;
     const double *lateness_of_rank;   /* [n_ranks] seconds: in each step the rank that waited least in the exchange is taken
                                          for the one the others waited for, by as much as they waited longer on average */
     unsigned long long link_bytes[3]; /* rows and results: same rank, same node, cross node, all ranks */
@@ -173,6 +174,8 @@ typedef struct {
 
 typedef struct engine engine;
 
+/* Sequences that a rank may own at once; where owners change they may crowd a little. */
+int engine_places(const engine_limits *limits, int n_ranks);
 /* [all] `parts` without kv and max_rows, which the limits decide. The listener is used on rank 0. */
 status engine_create(const model_parts *parts, const engine_limits *limits, engine_listener listener, void *arg, engine **out);
 void engine_destroy(engine *e); /* NULL is fine */

@@ -266,6 +266,13 @@ static void put_join(engine *e, const scheduler_join *join)
     wire_put_join(&e->message, &w);
 }
 
+static void put_move(engine *e, const scheduler_move *m)
+{
+    const int *node = group_node_of_rank(e->parts.group);
+    wire_put_move(&e->message, m);
+    e->moved_cross_bytes += node[m->from] != node[m->to] ? (size_t)m->n_blocks * kv_cache_block_bytes(e->kv) : 0;
+}
+
 bool engine_pending(const engine *e)
 {
     return plans_pending(e) || counts_pending(e);
@@ -293,7 +300,7 @@ status lead_write_message(engine *e, bool stop)
     for (int i = 0; i < step->n_joins; i++)
         put_join(e, &step->joins[i]);
     for (int i = 0; i < step->n_moves; i++)
-        wire_put_move(&e->message, &step->moves[i]);
+        put_move(e, &step->moves[i]);
     plans_put(e, &head);
     e->last_prefill_rows = step->prefill_rows;
     e->last_decode_rows = step->decode_rows;
@@ -451,6 +458,7 @@ void engine_get_counters(engine *e, engine_counters *out)
                              .compute_of_rank = e->compute_of_rank,
                              .plan_epoch = e->plan_epoch,
                              .n_moved = s.n_moved,
+                             .moved_cross_bytes = e->moved_cross_bytes,
                              .moved_bytes = s.moved_blocks * kv_cache_block_bytes(e->kv),
                              .replan = e->replan,
                              .lateness_of_rank = e->lateness_of_rank,

@@ -20,22 +20,16 @@ enum { COUNTED_ROWS = 128 }; /* of a sequence, at most: a long chunk costs no mo
 status owners_create(engine *e)
 {
     size_t n = (size_t)e->n_ranks;
-    const topology *t = e->parts.topology;
-    e->affinity = e->limits.owners == OWNERS_AFFINITY && e->n_ranks > 1 && t;
+    double row_bytes = (double)e->parts.config->hidden * (e->parts.rows == ROWS_BF16 ? 2 : 4);
+    e->affinity = e->limits.owners == OWNERS_AFFINITY && e->n_ranks > 1 && e->parts.topology;
     if (!e->affinity)
         return STATUS_OK;
-    e->row_us = calloc(n * n, sizeof *e->row_us);
-    e->seen = calloc(n, sizeof *e->seen);
     e->owner_us = calloc((size_t)e->n_places * n, sizeof *e->owner_us);
     e->move_us = calloc(n, sizeof *e->move_us);
     e->has_room = calloc(n, sizeof *e->has_room);
-    if (!e->row_us || !e->seen || !e->owner_us || !e->move_us || !e->has_room)
+    if (!e->owner_us || !e->move_us || !e->has_room)
         return status_fail(STATUS_NO_MEMORY, "no memory to judge owners among %d ranks", e->n_ranks);
-    double row_bytes = (double)e->parts.config->hidden * (e->parts.rows == ROWS_BF16 ? 2 : 4);
-    for (size_t from = 0; from < n; from++)
-        for (size_t to = 0; to < n; to++)
-            e->row_us[from * n + to] = row_bytes * topology_us_per_byte(t, (int)from, (int)to);
-    return STATUS_OK;
+    return owner_prices_create(e->parts.topology, row_bytes, &e->prices);
 }
 
 static bool is_travelling(const engine *e)
@@ -59,7 +53,8 @@ static void drain(engine *e)
 void owners_destroy(engine *e)
 {
     drain(e);
-    void *all[] = {e->row_us, e->seen, e->owner_us, e->move_us, e->has_room};
+    owner_prices_destroy(e->prices);
+    void *all[] = {e->owner_us, e->move_us, e->has_room};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         free(all[i]);
 }
@@ -93,8 +88,8 @@ static void count_span(engine *e, const batch_span *span, sequence *s, double *u
     size_t k = (size_t)c->top_k, rows = (size_t)e->max_rows;
     for (int r = 0; r < span->n_rows && s->n_counted < COUNTED_ROWS; r++, s->n_counted++)
         for (size_t l = 0; l < (size_t)c->n_moe_layers; l++)
-            owner_add_row(e->parts.plan, (int)l, model_experts(e->model) + (l * rows + (size_t)(span->first_row + r)) * k,
-                          c->top_k, e->row_us, e->seen, &e->stamp, us);
+            owner_add_row(e->prices, e->parts.plan, (int)l,
+                          model_experts(e->model) + (l * rows + (size_t)(span->first_row + r)) * k, c->top_k, us);
 }
 
 /* After the rows have run, before sequences go on; `at`: where the report has room for those that are due. */

@@ -102,14 +102,14 @@ struct engine {
 
     /* every rank: owners */
     bool affinity;
-    double *row_us;        /* [n_ranks][n_ranks] a row from, to */
-    double *owner_us;      /* [n_places][n_ranks] */
-    uint64_t *seen, stamp; /* [n_ranks] */
+    struct owner_prices *prices;
+    double *owner_us; /* [n_places][n_ranks] */
     transfer transfers[MOST_TRANSFERS];
     int n_transfers;
     size_t judged_at; /* in the report */
     double *move_us;  /* [n_ranks] the leader's scratch */
     bool *has_room;   /* [n_ranks] likewise */
+    unsigned long long moved_cross_bytes;
 
     /* every rank: counts */
     routing_stats *set_aside; /* while it is packed */

@@ -6,11 +6,16 @@
 
 #include <stdbool.h>
 
-/* One token's experts in one layer [top_k]: adds to us [n_ranks] what its row would have cost on links, had each rank owned it:
- * the distinct other ranks it goes to, by row_us [n_ranks][n_ranks] (a row from, to). The copy it would go to is the rank's own,
- * else the first on its node, else the home. seen: [n_ranks] scratch and *stamp, zero at first. */
-void owner_add_row(const plan *p, int layer, const uint16_t *experts, int top_k, const double *row_us, uint64_t *seen,
-                   uint64_t *stamp, double *us);
+/* What a row costs on links, and scratch. */
+typedef struct owner_prices owner_prices;
+/* row_bytes: one row, one way. The topology is borrowed. */
+status owner_prices_create(const topology *t, double row_bytes, owner_prices **out);
+void owner_prices_destroy(owner_prices *o); /* NULL is fine */
+/* One token's experts in one layer [top_k]: adds to us [n_ranks] what its row would have cost, had each rank owned it: once for
+ * each other rank of its node that it goes to, once for each other node, and there from the rank that takes it to the others, as
+ * the exchange does (replay.h, node_dedupe). The copy it would go to is the rank's own, else the first on its node, else the
+ * home. The plan has the topology's ranks. */
+void owner_add_row(owner_prices *o, const plan *p, int layer, const uint16_t *experts, int top_k, double *us);
 
 typedef struct {
     int n_ranks, owner;

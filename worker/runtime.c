@@ -161,7 +161,7 @@ static status complete_limits(const runtime *r, engine_limits *limits)
         return status_fail(STATUS_BAD_INPUT, "a sequence of %d tokens is asked for, but %s takes at most %d", limits->max_length,
                            c->name, c->max_positions);
     if (limits->kv_bytes == 0) {
-        size_t places = (size_t)((limits->max_sequences + group_size(r->group) - 1) / group_size(r->group));
+        size_t places = (size_t)engine_places(limits, group_size(r->group));
         size_t blocks = places * (size_t)kv_blocks_of(limits->max_length, KV_BLOCK);
         size_t block_bytes = kv_head_floats(c->head_dim) * (size_t)c->n_kv_heads * (size_t)c->n_layers * sizeof(float);
         size_t one = (size_t)kv_blocks_of(limits->max_length, KV_BLOCK) * block_bytes, cap = (size_t)1 << 30;

@@ -80,6 +80,7 @@ struct scheduler {
     uint64_t n_moves; /* ever */
     wish *wishes;     /* [n_ranks * n_places] moves for the next step */
     int n_wishes;
+    int *n_coming; /* [n_ranks] by them, less those who go */
     step_cost cost;
     step_load planned;
     /* the step */
@@ -112,10 +113,11 @@ static status create_arrays(scheduler *s)
     s->growths = calloc(all, sizeof *s->growths);
     s->rows = calloc(all, sizeof *s->rows);
     s->wishes = calloc(all, sizeof *s->wishes);
+    s->n_coming = calloc(ranks, sizeof *s->n_coming);
     s->id_mask = 63;
     s->by_id = calloc(s->id_mask + 1, sizeof(item *));
     if (!s->blocks || !s->running || !s->places || !s->prompts || !s->n_on_rank || !s->n_free || !s->load || !s->kept ||
-        !s->leaves || !s->joins || !s->growths || !s->rows || !s->wishes || !s->by_id)
+        !s->leaves || !s->joins || !s->growths || !s->rows || !s->wishes || !s->n_coming || !s->by_id)
         return status_fail(STATUS_NO_MEMORY, "no memory to schedule %d sequences on %d ranks", s->limits.max_running,
                            s->limits.n_ranks);
     for (int r = 0; r < s->limits.n_ranks; r++)
@@ -154,8 +156,8 @@ void scheduler_destroy(scheduler *s, void (*forget)(void *user))
     for (int r = 0; s->blocks && r < s->limits.n_ranks; r++)
         kv_blocks_destroy(s->blocks[r]);
     fair_queue_destroy(s->queue);
-    void *all[] = {s->blocks, s->running, s->places, s->prompts, s->n_on_rank, s->n_free, s->load,
-                   s->kept,   s->leaves,  s->joins,  s->growths, s->rows,      s->by_id,  s->wishes};
+    void *all[] = {s->blocks, s->running, s->places,  s->prompts, s->n_on_rank, s->n_free, s->load,    s->kept,
+                   s->leaves, s->joins,   s->growths, s->rows,    s->by_id,     s->wishes, s->n_coming};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         free(all[i]);
     free(s);
@@ -732,7 +734,7 @@ bool scheduler_has_room(const scheduler *s, int rank)
 {
     int all = s->n_running + fair_queue_count(s->queue), n = s->limits.n_ranks;
     all = all < s->limits.max_running ? all : s->limits.max_running;
-    return s->n_on_rank[rank] < (21 * all + 20 * n - 1) / (20 * n);
+    return s->n_on_rank[rank] + s->n_coming[rank] < (21 * all + 20 * n - 1) / (20 * n);
 }
 
 void scheduler_judge(scheduler *s, uint64_t id, int rank)
@@ -741,8 +743,11 @@ void scheduler_judge(scheduler *s, uint64_t id, int rank)
     if (!it || it->judged)
         return;
     it->judged = true;
-    if (rank >= 0 && s->n_wishes < s->limits.n_ranks * s->limits.n_places)
-        s->wishes[s->n_wishes++] = (wish){.id = id, .rank = rank};
+    if (rank < 0 || it->place < 0 || s->n_wishes == s->limits.n_ranks * s->limits.n_places)
+        return;
+    s->wishes[s->n_wishes++] = (wish){.id = id, .rank = rank};
+    s->n_coming[rank]++;
+    s->n_coming[it->rank]--;
 }
 
 static move *find_move(scheduler *s, uint64_t key)
@@ -807,7 +812,7 @@ static void move_one(scheduler *s, const wish *w)
     item *it = find(s, w->id);
     move *m = find_move(s, 0);
     if (!it || it->place < 0 || it->held || it->move || it->rank == w->rank || it->wanted_rank >= 0 || it->n_done == 0 || !m ||
-        blocks_of(s, it->n_done) > MOST_MOVED || !scheduler_has_room(s, w->rank) || !fits(s, it, w->rank, 0))
+        blocks_of(s, it->n_done) > MOST_MOVED || !fits(s, it, w->rank, 0))
         return;
     *m = (move){.key = ++s->n_moves, .it = it, .from = it->rank, .to = w->rank};
     change_place(s, it, m);
@@ -827,6 +832,7 @@ static void move_wished(scheduler *s)
     for (int i = 0; i < s->n_wishes; i++)
         move_one(s, &s->wishes[i]);
     s->n_wishes = 0;
+    memset(s->n_coming, 0, (size_t)s->limits.n_ranks * sizeof *s->n_coming);
 }
 
 /* ---- rows ------------------------------------------------------------------------------------------------------------------ */

@@ -439,6 +439,7 @@ static status summarise(score *s)
                              .link_rows = links,
                              .n_moved = counters.n_moved,
                              .moved_bytes = counters.moved_bytes,
+                             .moved_cross_bytes = counters.moved_cross_bytes,
                              .routing = s->routing,
                              .load_seconds = s->ready - s->start};
     if (s->options->json)

@@ -46,8 +46,8 @@ typedef struct {
     int n_ranks, n_nodes, threads;
     const char *isa, *exchange;
     engine_times times;
-    unsigned long long n_moved, moved_bytes; /* sequences given to another owner */
-    const unsigned long long *layer_load;    /* [n_ranks][n_moe_layers] (token, expert) rows */
+    unsigned long long n_moved, moved_bytes, moved_cross_bytes; /* sequences given to another owner */
+    const unsigned long long *layer_load;                       /* [n_ranks][n_moe_layers] (token, expert) rows */
     const unsigned long long *link_rows; /* [n_ranks][n_ranks] rows dispatched from, to; between nodes once per node, then on */
     const routing_stats *routing;        /* of all ranks */
     double load_seconds;                 /* from start to the first step */

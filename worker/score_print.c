@@ -271,6 +271,7 @@ static void json_run(cJSON *o, const score_summary *s, const totals *t)
     cJSON_AddNumberToObject(o, "header_bytes", t->header);
     cJSON_AddNumberToObject(o, "moved_sequences", (double)s->n_moved);
     cJSON_AddNumberToObject(o, "moved_bytes", (double)s->moved_bytes);
+    cJSON_AddNumberToObject(o, "moved_bytes_cross_node", (double)s->moved_cross_bytes);
     cJSON_AddNumberToObject(o, "spilled_elements", t->spills);
     cJSON_AddNumberToObject(o, "spilled_rows", t->spilled_rows);
     cJSON_AddNumberToObject(o, "combined_rows", t->combined_rows);
