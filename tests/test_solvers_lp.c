@@ -124,6 +124,35 @@ static void partition_finds_the_fewest_ranks(void **state)
     }
 }
 
+/* More clusters than can be written down: a valid plan all the same, better than balance alone. */
+static void partition_does_without_all_clusters(void **state)
+{
+    (void)state;
+    uint64_t seed = 34;
+    for (int round = 0; round < 6; round++) {
+        support_problem s;
+        support_random_problem(&seed,
+                               &(support_problem_size){.layers = 2,
+                                                       .experts = 40,
+                                                       .ranks = 4,
+                                                       .top_k = 4,
+                                                       .sequences = 60,
+                                                       .exact = true,
+                                                       .extra_slots = 1,
+                                                       .even = round % 2},
+                               &s);
+        s.request.work = 100000;
+        solver_report report;
+        double got = solve_by(&solver_partition, s.problem, &report), balanced;
+        plan made;
+        assert_int_equal(solver_run(&solver_lpt, s.problem, &report, &made), STATUS_OK);
+        assert_int_equal(solver_partition.measure(s.problem, &made, &balanced), STATUS_OK);
+        assert_true(got < balanced);
+        plan_clear(&made);
+        support_problem_clear(&s);
+    }
+}
+
 static void the_bound_on_ranks_holds_and_is_near(void **state)
 {
     (void)state;
@@ -670,6 +699,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         {"random problems have plans", random_problems_have_plans, NULL, NULL, NULL},
         {"partition finds the fewest ranks", partition_finds_the_fewest_ranks, NULL, NULL, NULL},
+        {"partition does without all clusters", partition_does_without_all_clusters, NULL, NULL, NULL},
         {"the bound on ranks holds and is near", the_bound_on_ranks_holds_and_is_near, NULL, NULL, NULL},
         {"a layer's programme is a transport where loads do not bind", a_layers_programme_is_a_transport_where_loads_do_not_bind,
          NULL, NULL, NULL},

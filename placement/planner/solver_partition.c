@@ -4,9 +4,10 @@
  * Cost and load separate by rank, so there is a column per cluster instead of G! equal assignments, and the linear relaxation is
  * tight (0.3 % on recorded routing). Per layer: descent with kicks gives a cut, column generation the bound, reduced costs leave
  * only the clusters that a better cut could hold, and branch and bound over those finds it or proves that there is none. Layers
- * whose clusters are too many to write down (clusters_possible()) go by descent alone (meetings.h). Then seats.h names the
- * ranks. */
+ * whose clusters are too many to write down (clusters_possible()) choose among those of many local optima, without a bound
+ * (partition_pool.h). Then seats.h names the ranks. */
 #include "placement/planner/clusters_search.h"
+#include "placement/planner/partition_pool.h"
 #include "placement/planner/score.h"
 #include "placement/planner/seats.h"
 #include "placement/planner/start.h"
@@ -29,12 +30,13 @@ enum {
 typedef struct {
     const problem *p;
     work_budget work;
-    int *home; /* [n_layers][n_experts] */
-    int *seed; /* the same; NULL: none */
-    clusters *layers[BATCH];
-    int first, n;         /* the layers of this batch */
-    int64_t bound[BATCH]; /* meetings, of the batch's layers; 0: unknown */
-    double bound_sum;     /* meetings, all layers so far */
+    int *home;                   /* [n_layers][n_experts] */
+    int *seed;                   /* the same; NULL: none */
+    clusters *layers[BATCH];     /* where all clusters are written down */
+    partition_pool pools[BATCH]; /* elsewhere; n = 0: nothing to choose from */
+    int first, n;                /* the layers of this batch */
+    int64_t bound[BATCH];        /* meetings, of the batch's layers; 0: unknown */
+    double bound_sum;            /* meetings, all layers so far */
     bool out_of_time[BATCH];
     solver_report *report;
 } partition;
@@ -52,12 +54,24 @@ static double seconds_left(const partition *s)
     return left > 0.001 ? left : 0.001;
 }
 
+static status prepare_pool(partition *s, int i)
+{
+    int layer = s->first + i;
+    random_stream random = random_open(s->p, (uint64_t)layer);
+    work_budget work = work_part(&s->work, layer, s->p->n_layers);
+    if (s->seed)
+        memcpy(home_of(s, i), s->seed + problem_at(s->p, layer, 0), (size_t)s->p->n_experts * sizeof *s->seed);
+    TRY(partition_pool_fill(s->p, layer, &random, &work, home_of(s, i), &s->pools[i]));
+    s->out_of_time[i] = work.out_of_time;
+    return STATUS_OK;
+}
+
 static status prepare_layer(void *arg, int i)
 {
     partition *s = arg;
     int layer = s->first + i;
     if (!clusters_possible(s->p, layer) || s->p->traffic->shape.top_k > 16)
-        return STATUS_OK;
+        return prepare_pool(s, i);
     TRY(clusters_create(s->p, layer, true, true, &s->layers[i]));
     const clusters *c = s->layers[i];
     const int *seed = s->seed ? s->seed + problem_at(s->p, layer, 0) : NULL;
@@ -143,6 +157,49 @@ out:
     return st;
 }
 
+/* The best that the clusters of local optima can be put together to. */
+static status choose_from_pools(partition *s)
+{
+    lp_model *models[BATCH] = {NULL};
+    double *starts[BATCH] = {NULL};
+    lp_options options[BATCH];
+    lp_result results[BATCH] = {0};
+    int at[BATCH], n = 0;
+    status st = STATUS_OK;
+    for (int i = 0; i < s->n && st == STATUS_OK; i++) {
+        if (s->pools[i].n == 0)
+            continue;
+        at[n] = i;
+        starts[n] = malloc((size_t)s->pools[i].n * sizeof *starts[n]);
+        st = starts[n] ? partition_pool_model(s->p, &s->pools[i], home_of(s, i), &models[n], starts[n])
+                       : status_fail(STATUS_NO_MEMORY, "no memory for a choice of %d clusters", s->pools[i].n);
+        int64_t units = work_part(&s->work, s->first + i, s->p->n_layers).left;
+        options[n] = (lp_options){.seconds = seconds_left(s),
+                                  .nodes = units / UNITS_PER_NODE / 4 + 1,
+                                  .pivots = units / UNITS_PER_PIVOT + 1,
+                                  .start = starts[n]};
+        n++;
+    }
+    if (st == STATUS_OK)
+        st = lp_solve_all(n, models, options, s->p->request->threads, results);
+    for (int k = 0; k < n; k++) {
+        const double *x = results[k].x;
+        double change = 0;
+        for (int c = 0; st == STATUS_OK && x && c < s->pools[at[k]].n; c++)
+            change += (double)s->pools[at[k]].tokens[c] * (x[c] - starts[k][c]);
+        if (change < -0.5) {
+            partition_pool_take(s->p, &s->pools[at[k]], x, home_of(s, at[k]));
+            s->report->glpk_improved++;
+        }
+        s->report->glpk_runs++;
+        s->out_of_time[at[k]] |= results[k].timed_out;
+        lp_result_clear(&results[k]);
+        lp_destroy(models[k]);
+        free(starts[k]);
+    }
+    return st;
+}
+
 /* ---- a batch of layers ---- */
 
 /* Bounds by column generation for the layers whose clusters are written down. */
@@ -172,6 +229,7 @@ static status solve_batch(partition *s)
 {
     cluster_relaxation relaxations[BATCH] = {0};
     memset(s->layers, 0, sizeof s->layers);
+    memset(s->pools, 0, sizeof s->pools);
     memset(s->bound, 0, sizeof s->bound);
     memset(s->out_of_time, 0, sizeof s->out_of_time);
     status st = parallel_for(s->p->request->threads, s->n, prepare_layer, s);
@@ -181,8 +239,11 @@ static status solve_batch(partition *s)
         st = choose(s, relaxations, FEW_CANDIDATES);
     if (st == STATUS_OK)
         st = choose(s, relaxations, MANY_CANDIDATES);
+    if (st == STATUS_OK)
+        st = choose_from_pools(s);
     for (int i = 0; i < s->n; i++) {
-        s->bound_sum += (double)s->bound[i];
+        s->bound_sum += s->layers[i] ? (double)s->bound[i] : NAN;
+        partition_pool_clear(&s->pools[i]);
         s->report->out_of_time |= s->out_of_time[i];
         clusters_destroy(s->layers[i]);
         cluster_relaxation_clear(&relaxations[i]);
@@ -200,10 +261,13 @@ static void describe(const partition *s, solver_report *report)
 {
     double cells = (double)s->p->traffic->n_tokens * s->p->n_layers;
     report->bound = s->bound_sum > 0 ? s->bound_sum / cells * (1 - 1e-12) : NAN;
-    snprintf(report->remark, sizeof report->remark,
-             "every choice of clusters within the load caps costs at least the bound; a layer's optimum proved for %d integer "
-             "programmes of %d",
-             report->glpk_proved, report->glpk_runs);
+    if (isnan(report->bound))
+        snprintf(report->remark, sizeof report->remark,
+                 "too many clusters to write down: chosen among those of local optima, without a bound");
+    else
+        snprintf(report->remark, sizeof report->remark,
+                 "no choice of clusters within the load caps goes below the bound; integer programmes proved: %d of %d",
+                 report->glpk_proved, report->glpk_runs);
 }
 
 static status solve(const problem *p, solver_report *report, plan *out)
