@@ -31,7 +31,7 @@ typedef struct {
     plan_bounds bounds;
     bool has_bounds;
     held_out_result held;
-    char held_why[200];
+    char held_why[400];
     double solve_seconds, fold_seconds;
     console console;
 } solve_state;
