@@ -9,8 +9,8 @@
  * children, step by step; all but two leaves are the siblings along their two paths.
  *
  * Private to the files of `batch`. One caller. */
-#ifndef CONVOKE_PLANNER_BATCH_LAYER_H
-#define CONVOKE_PLANNER_BATCH_LAYER_H
+#ifndef CONVOKE_PLACEMENT_PLANNER_BATCH_LAYER_H
+#define CONVOKE_PLACEMENT_PLANNER_BATCH_LAYER_H
 
 #include "placement/planner/batch_links.h"
 #include "placement/planner/problem.h"

@@ -1,7 +1,7 @@
 /* batch_links.h - what the links of one layer carry on many steps, and how that changes when experts change ranks: only tokens
  * that chose those experts are looked at. Private to the files of `batch`. One caller. */
-#ifndef CONVOKE_PLANNER_BATCH_LINKS_H
-#define CONVOKE_PLANNER_BATCH_LINKS_H
+#ifndef CONVOKE_PLACEMENT_PLANNER_BATCH_LINKS_H
+#define CONVOKE_PLACEMENT_PLANNER_BATCH_LINKS_H
 
 #include "placement/planner/problem.h"
 

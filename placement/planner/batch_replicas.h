@@ -4,8 +4,8 @@
  * The split of all steps is worked out side by side and nearly: experts start whole on their least loaded copy, most rows first;
  * then pairs of an expert's copies give and take until what lies above the step's mean level, squared, is least. Private to the
  * files of `batch`. One caller. */
-#ifndef CONVOKE_PLANNER_BATCH_REPLICAS_H
-#define CONVOKE_PLANNER_BATCH_REPLICAS_H
+#ifndef CONVOKE_PLACEMENT_PLANNER_BATCH_REPLICAS_H
+#define CONVOKE_PLACEMENT_PLANNER_BATCH_REPLICAS_H
 
 #include "placement/planner/batch_layer.h"
 

@@ -4,8 +4,8 @@
  * replacement (which keeps what real steps have: sequences that start together are at the same position, a sequence stays for
  * many steps), and steps are drawn of random sequences at random positions. Shares and numbers were chosen by cross-validation
  * over categories of the gpt-oss trace (placement/README.md). */
-#ifndef CONVOKE_PLANNER_BATCH_SAMPLE_H
-#define CONVOKE_PLANNER_BATCH_SAMPLE_H
+#ifndef CONVOKE_PLACEMENT_PLANNER_BATCH_SAMPLE_H
+#define CONVOKE_PLACEMENT_PLANNER_BATCH_SAMPLE_H
 
 #include "placement/planner/problem.h"
 
