@@ -54,7 +54,7 @@ static void prices_are_the_replays(void **state)
         int *layer_home = home + problem_at(s.problem, layer, 0);
         assert_non_null(home);
         support_random_home(&seed, s.problem, home);
-        assert_int_equal(batch_layer_create(s.problem, s.problem->schedule, layer, true, &b), STATUS_OK);
+        assert_int_equal(batch_layer_create(s.problem, s.problem->schedule, layer, s.problem->schedule, &b), STATUS_OK);
         assert_near(batch_layer_set(b, layer_home), replayed_us(s.problem, layer, layer_home));
         /* what thousands of swaps and moves have come to is what their result costs */
         work_budget work = {.left = 2000};
@@ -105,7 +105,8 @@ static void tiny_layers_are_solved(void **state)
         make_problem(
             &seed,
             &(support_problem_size){.layers = 1, .experts = 7, .ranks = 3, .concurrency = 6, .extra_slots = round % 3 == 0}, &s);
-        assert_int_equal(batch_layer_create(s.problem, s.problem->schedule, 0, round % 2, &b), STATUS_OK);
+        assert_int_equal(batch_layer_create(s.problem, s.problem->schedule, 0, round % 2 ? s.problem->schedule : NULL, &b),
+                         STATUS_OK);
         exhaustion x = {.b = b, .best = HUGE_VAL};
         memcpy(x.left, s.problem->slots, (size_t)b->n_ranks * sizeof *x.left);
         exhaust(&x, 0);
@@ -169,7 +170,7 @@ static void splits_lie_above_their_bound(void **state)
         bool *holds = calloc((size_t)p->n_experts * (size_t)p->n_ranks, sizeof *holds);
         assert_non_null(holds);
         assert_int_equal(support_random_problem_plan(&seed, p, true, &made), STATUS_OK);
-        assert_int_equal(batch_layer_create(p, p->schedule, 0, false, &b), STATUS_OK);
+        assert_int_equal(batch_layer_create(p, p->schedule, 0, NULL, &b), STATUS_OK);
         hold_plan(&made, 0, holds);
         assert_int_equal(batch_replicas_us(b, holds, &us), STATUS_OK);
         assert_true(us >= split_bound(p, &made, 0) * (1 - 1e-4));
@@ -196,7 +197,7 @@ static void replicas_help(void **state)
         support_random_home(&seed, p, home);
         for (int e = 0; e < p->n_experts; e++)
             holds[e * p->n_ranks + home[e]] = true;
-        assert_int_equal(batch_layer_create(p, p->schedule, 0, false, &b), STATUS_OK);
+        assert_int_equal(batch_layer_create(p, p->schedule, 0, NULL, &b), STATUS_OK);
         work_budget work = {.left = 1 << 20};
         random_stream random = random_open(p, 2);
         assert_int_equal(batch_replicas_us(b, holds, &before), STATUS_OK);

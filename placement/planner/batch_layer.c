@@ -109,7 +109,14 @@ static status allocate(batch_layer *b)
     return b->rows && b->cost && b->tree && b->home && b->held && b->planned ? STATUS_OK : STATUS_NO_MEMORY;
 }
 
-status batch_layer_create(const problem *p, const replay_schedule *steps, int layer, bool with_links, batch_layer **out)
+static status create_links(batch_layer *b, const replay_schedule *steps)
+{
+    b->link_times = (double)b->steps->n_steps / (double)steps->n_steps;
+    return batch_links_create(b->p, steps, b->layer, (int)steps->n_steps, &b->links);
+}
+
+status batch_layer_create(const problem *p, const replay_schedule *steps, int layer, const replay_schedule *link_steps,
+                          batch_layer **out)
 {
     batch_layer *b = calloc(1, sizeof *b);
     if (!b)
@@ -131,7 +138,7 @@ status batch_layer_create(const problem *p, const replay_schedule *steps, int la
         count_rows(b);
         set_tick(b);
         price_rows(b);
-        st = with_links ? batch_links_create(p, steps, layer, b->n_steps, &b->links) : STATUS_OK;
+        st = link_steps ? create_links(b, link_steps) : STATUS_OK;
     }
     if (st == STATUS_OK)
         *out = b;
@@ -288,7 +295,12 @@ double batch_layer_set(batch_layer *b, const int *home)
     for (int node = b->n_leaves - 1; node > 0; node--)
         refresh_node(b, node);
     double us = sum_root(b) * (double)b->tick;
-    return (us + (b->links ? batch_links_set(b->links, b->home) : 0)) / b->n_real;
+    return us / b->n_real + batch_layer_links_us(b);
+}
+
+double batch_layer_links_us(batch_layer *b)
+{
+    return b->links ? batch_links_set(b->links, b->home) * b->link_times / b->n_real : 0;
 }
 
 /* ---- search; prices are sums over steps in microseconds ---- */
@@ -324,7 +336,7 @@ static bool cheaper(search *s, const trial *t, double limit, double *compute, do
         return *compute < limit;
     if (*compute + s->links * (1 - LINKS_MAY_SAVE) >= limit)
         return false;
-    *links = batch_links_try(b->links, b->home, t->e, t->f < b->n_experts ? t->f : -1, t->h);
+    *links = batch_links_try(b->links, b->home, t->e, t->f < b->n_experts ? t->f : -1, t->h) * b->link_times;
     s->owed += batch_links_work(b->links);
     return *compute + *links < limit;
 }

@@ -35,15 +35,19 @@ typedef struct {
     const int *slots;   /* [n_ranks] borrowed */
     const double *cap;  /* [n_ranks] borrowed; NULL: none to keep */
     batch_links *links; /* NULL: not priced */
+    double link_times;  /* what its sums are multiplied by: it may look at fewer steps */
 } batch_layer;
 
-/* with_links: price transfers too. */
-status batch_layer_create(const problem *p, const replay_schedule *steps, int layer, bool with_links, batch_layer **out);
+/* link_steps: price transfers too, on these steps; NULL: do not. */
+status batch_layer_create(const problem *p, const replay_schedule *steps, int layer, const replay_schedule *link_steps,
+                          batch_layer **out);
 void batch_layer_destroy(batch_layer *b); /* NULL is fine */
 
 /* Puts every expert on its home and returns the layer's mean microseconds: compute, and transfers where links are priced
  * (without start-up times, which hardly depend on a plan). */
 double batch_layer_set(batch_layer *b, const int *home);
+/* The part of transfers in the price of the homes last set or found. */
+double batch_layer_links_us(batch_layer *b);
 
 /* From the homes last set: annealing over random swaps and moves, then descent over all of them. Keeps slots and caps where they
  * were kept. Returns the price of the best homes found, which are written to home [n_experts]; never worse than the start. */

@@ -15,7 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* share: of seconds and work. With traffic the last two get what the rest leave. */
+/* share: of seconds and work. What the seconds leave goes to batch. */
 typedef struct {
     const solver *solver;
     double share, share_of_stats; /* 0: does not take part */
@@ -30,7 +30,8 @@ static const member members[] = {
 };
 enum { N_MEMBERS = sizeof members / sizeof members[0] };
 
-static const double BATCH_SHARE = 0.3, POLISH_SHARE = 0.25; /* the rest is for replays */
+static const double BATCH_SHARE = 0.35, POLISH_SHARE = 0.2; /* of work */
+static const double BATCH_TIME = 0.6;                       /* of the seconds left; polishing gets the rest */
 
 typedef struct {
     const problem *p;
@@ -72,7 +73,7 @@ static bool needs_are_met(const problem *p, const solver *s)
 }
 
 /* The problem as one member gets it. */
-static void share_out(const portfolio *f, double share, const plan *seed, problem *q, problem_request *request)
+static void share_out(const portfolio *f, const solver *s, double share, const plan *seed, problem *q, problem_request *request)
 {
     *request = *f->p->request;
     *q = *f->p;
@@ -82,6 +83,8 @@ static void share_out(const portfolio *f, double share, const plan *seed, proble
         request->work = (int64_t)((double)request->work * share) + 1;
     if (request->seconds > 0) {
         double left = request->seconds * 0.95 - (clock_seconds() - f->started), wanted = request->seconds * share;
+        if (s == &solver_batch)
+            wanted = share == BATCH_SHARE ? left * BATCH_TIME : left;
         request->seconds = fmax(0.001, fmin(wanted, left));
     }
 }
@@ -111,7 +114,7 @@ static status run_member(portfolio *f, const solver *s, double share, const char
     problem_request request;
     solver_report report;
     plan made = {0};
-    share_out(f, share, seed, &q, &request);
+    share_out(f, s, share, seed, &q, &request);
     status st = solver_run(s, &q, &report, &made);
     if (st == STATUS_NO_MEMORY || st == STATUS_STOPPED)
         return st;

@@ -83,8 +83,8 @@ static void hold_homes(const batch_run *r, int l)
 static status transfers_share(const batch_run *r, int l, const int *home, double *share)
 {
     batch_layer *b;
-    TRY(batch_layer_create(r->p, &r->link_steps, l, true, &b));
-    double all = batch_layer_set(b, home), links = batch_links_set(b->links, home) / b->n_real;
+    TRY(batch_layer_create(r->p, &r->link_steps, l, &r->link_steps, &b));
+    double all = batch_layer_set(b, home), links = batch_layer_links_us(b);
     *share = all > 0 ? links / all : 0;
     batch_layer_destroy(b);
     return STATUS_OK;
@@ -97,7 +97,7 @@ static status search_homes(batch_run *r, int l, random_stream *random)
     TRY(transfers_share(r, l, home, &share));
     bool links = share > LINKS_MATTER;
     batch_layer *b;
-    TRY(batch_layer_create(r->p, links ? &r->link_steps : &r->steps, l, links, &b));
+    TRY(batch_layer_create(r->p, &r->steps, l, links ? &r->link_steps : NULL, &b));
     batch_layer_set(b, home);
     batch_layer_search(b, random, &r->parts[l], home);
     batch_layer_destroy(b);
@@ -109,7 +109,7 @@ static status search_replicas(batch_run *r, int l, random_stream *random)
 {
     batch_layer *b;
     double us;
-    TRY(batch_layer_create(r->p, &r->split_steps, l, false, &b));
+    TRY(batch_layer_create(r->p, &r->split_steps, l, NULL, &b));
     status st = batch_replicas_search(b, random, &r->parts[l], r->home + problem_at(r->p, l, 0), layer_holds(r, l), &us);
     batch_layer_destroy(b);
     return st;
