@@ -16,7 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { BATCH = 8, ROUNDS = 30 };
+enum { BATCH = 8, ROUNDS = 12 };
 
 typedef struct {
     int n;               /* experts */
@@ -41,28 +41,52 @@ static double prove(const matching_task *m, const double *u, const double *v)
     return fmin(sum * (1 + 1e-12), all);
 }
 
-static int compare_falling(const void *a, const void *b)
+/* Moves the `at` largest to the front, the smallest of them last (Hoare's selection). */
+static void select_largest(double *x, int n, int at)
 {
-    const double x = *(const double *)a, y = *(const double *)b;
-    return x < y ? 1 : x > y ? -1 : 0;
+    for (int low = 0, high = n - 1; low < high;) {
+        double pivot = x[(low + high) / 2];
+        int i = low, j = high;
+        while (i <= j) {
+            while (x[i] > pivot)
+                i++;
+            while (x[j] < pivot)
+                j--;
+            if (i <= j) {
+                double kept = x[i];
+                x[i++] = x[j];
+                x[j--] = kept;
+            }
+        }
+        if (at - 1 <= j)
+            high = j;
+        else if (at - 1 >= i)
+            low = i;
+        else
+            return;
+    }
 }
 
 /* The best price of one limit: halfway between the last pair that it lets through and the first that it does not. */
 static double price_of(double *left, int n, int limit)
 {
-    qsort(left, (size_t)n, sizeof *left, compare_falling);
-    double last = limit > 0 ? left[limit - 1] : left[0], next = limit < n ? left[limit] : 0;
-    return (fmax(last, 0) + fmax(next, 0)) / 2;
+    if (limit >= n)
+        return 0;
+    double next = 0;
+    select_largest(left, n, limit);
+    for (int i = limit; i < n; i++)
+        next = fmax(next, left[i]);
+    return (fmax(left[limit - 1], 0) + next) / 2;
 }
 
-/* All prices in turn; keeps the best. left: [n] scratch. */
-static void set_prices(matching_task *m, double *left)
+/* All prices in turn; the best proof is kept. left: [n] scratch. */
+static void set_prices(matching_task *m, double deadline, double *left)
 {
     size_t n = (size_t)m->n;
     memset(m->u, 0, n * sizeof *m->u);
     memset(m->v, 0, n * sizeof *m->v);
     m->kept = prove(m, m->u, m->v);
-    for (int round = 0; round < ROUNDS; round++) {
+    for (int round = 0; round < ROUNDS && (deadline == 0 || clock_seconds() < deadline); round++) {
         for (size_t e = 0; e < n; e++) {
             for (size_t f = 0; f < n; f++)
                 left[f] = m->pairs[e * n + f] - m->v[f];
@@ -172,6 +196,7 @@ typedef struct {
     const problem *p;
     matching_task *tasks; /* [2 * (n_layers - 1)] by rank, then by node */
     double *prices;
+    double deadline; /* 0: none */
 } matching_bound;
 
 static status start_task(void *arg, int i)
@@ -189,7 +214,7 @@ static status start_task(void *arg, int i)
                                   .to = largest(p, layer + 1, i % 2),
                                   .u = b->prices + (size_t)i * 2 * n,
                                   .v = b->prices + ((size_t)i * 2 + 1) * n};
-    set_prices(&b->tasks[i], left);
+    set_prices(&b->tasks[i], b->deadline, left);
     free(left);
     return STATUS_OK;
 }
@@ -215,6 +240,7 @@ status bounds_matching(const problem *p, double seconds, plan_bounds *out)
     double deadline = seconds > 0 ? clock_seconds() + seconds : 0;
     matching_bound b = {.p = p,
                         .tasks = calloc((size_t)n_tasks + 1, sizeof *b.tasks),
+                        .deadline = deadline,
                         .prices = malloc(((size_t)n_tasks + 1) * 2 * (size_t)p->n_experts * sizeof *b.prices)};
     status st = STATUS_OK;
     if (!b.tasks || !b.prices)

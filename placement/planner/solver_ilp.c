@@ -211,7 +211,7 @@ static status pose_layers(sweeper *s, int parity, half_sweep *h, bool *better)
     size_t cells = (size_t)p->n_experts * (size_t)p->n_ranks;
     int64_t pivots = s->work.left / p->n_layers / LAYER_PARTS + 1;
     for (int l = parity; l < p->n_layers; l += 2) {
-        if (!s->stale[l])
+        if (!s->stale[l] || !work_take(&s->work, 1))
             continue;
         s->stale[l] = false;
         flow_costs(p, l, s->home, true, s->cost);
@@ -222,8 +222,7 @@ static status pose_layers(sweeper *s, int parity, half_sweep *h, bool *better)
         double *start = h->starts + (size_t)h->n * cells;
         layer_ilp_start(p, s->home + problem_at(p, l, 0), start);
         h->layer[h->n] = l;
-        h->options[h->n++] =
-            (lp_options){.seconds = seconds_left(s), .pivots = pivots, .nodes = LAYER_NODES, .gap = 1e-3, .start = start};
+        h->options[h->n++] = (lp_options){.pivots = pivots, .nodes = LAYER_NODES, .gap = 1e-3, .start = start};
     }
     return STATUS_OK;
 }
@@ -234,6 +233,8 @@ static status sweep_half(sweeper *s, int parity, bool *better)
     status st = half_create(s->p, &h);
     if (st == STATUS_OK)
         st = pose_layers(s, parity, &h, better);
+    for (int i = 0; i < h.n; i++)
+        h.options[i].seconds = seconds_left(s); /* models took time to make */
     if (st == STATUS_OK)
         st = lp_solve_all(h.n, h.models, h.options, s->p->request->threads, h.results);
     for (int i = 0; i < h.n && st == STATUS_OK; i++) {

@@ -184,6 +184,8 @@ static status programmes_add(programmes *g, int layer, lp_model *m, lp_options o
 /* Solves them and counts; improved[i]: the point is better than its start by more than rounding. */
 static status programmes_solve(tuner *t, programmes *g, const double *before, bool *improved)
 {
+    for (int i = 0; i < g->n; i++)
+        g->options[i].seconds = seconds_left(t); /* models took time to make */
     TRY(lp_solve_all(g->n, g->models, g->options, t->p->request->threads, g->results));
     for (int i = 0; i < g->n; i++) {
         const lp_result *r = &g->results[i];
@@ -209,8 +211,7 @@ static status pose_ilp1(tuner *t, programmes *g, double *before)
         lp_model *m;
         TRY(moetuner_ilp1_create(p, l, &m));
         TRY(programmes_add(g, l, m,
-                           (lp_options){.seconds = seconds_left(t),
-                                        .pivots = pivots_of(t, ILP1_PIVOTS),
+                           (lp_options){.pivots = pivots_of(t, ILP1_PIVOTS),
                                         .nodes = prove ? 5 * ILP1_NODES : ILP1_NODES,
                                         .gap = prove ? 0 : 1e-4}));
         moetuner_ilp1_start(p, l, home_of(t, l), g->starts[g->n - 1]);
@@ -311,10 +312,8 @@ static status polish_whole(tuner *t)
     if (st == STATUS_OK)
         st = moetuner_ilp2_create(o, &m);
     if (st == STATUS_OK)
-        st = programmes_add(
-            &g, 0, m,
-            (lp_options){
-                .seconds = seconds_left(t), .pivots = pivots_of(t, ILP2_PIVOTS), .nodes = ILP2_NODES, .pseudocosts = true});
+        st =
+            programmes_add(&g, 0, m, (lp_options){.pivots = pivots_of(t, ILP2_PIVOTS), .nodes = ILP2_NODES, .pseudocosts = true});
     if (st == STATUS_OK) {
         moetuner_ilp2_start(o, t->rank, g.starts[0]);
         double before = cluster_order_cost(o, t->rank) * moetuner_scale(o);
@@ -349,8 +348,7 @@ static status polish_windows(tuner *t, int parity)
         lp_model *m;
         st = moetuner_window_create(o, l, t->rank, &m);
         if (st == STATUS_OK)
-            st = programmes_add(
-                &g, l, m, (lp_options){.seconds = seconds_left(t), .pivots = pivots_of(t, WINDOW_PIVOTS), .nodes = WINDOW_NODES});
+            st = programmes_add(&g, l, m, (lp_options){.pivots = pivots_of(t, WINDOW_PIVOTS), .nodes = WINDOW_NODES});
         if (st != STATUS_OK)
             break;
         moetuner_window_start(o, l, t->rank, g.starts[g.n - 1]);

@@ -30,6 +30,7 @@ enum {
 typedef struct {
     const problem *p;
     work_budget work;
+    double began;
     int *home;                   /* [n_layers][n_experts] */
     int *seed;                   /* the same; NULL: none */
     clusters *layers[BATCH];     /* where all clusters are written down */
@@ -54,11 +55,24 @@ static double seconds_left(const partition *s)
     return left > 0.001 ? left : 0.001;
 }
 
+/* A layer's share of the work, and of the time: this batch leaves the later ones theirs. */
+static work_budget share_of(const partition *s, int layer)
+{
+    work_budget work = work_part(&s->work, layer, s->p->n_layers);
+    if (s->work.deadline > 0)
+        work.deadline = s->began + (s->work.deadline - s->began) * 0.8 * (s->first + s->n) / s->p->n_layers;
+    return work;
+}
+
 static status prepare_pool(partition *s, int i)
 {
     int layer = s->first + i;
     random_stream random = random_open(s->p, (uint64_t)layer);
-    work_budget work = work_part(&s->work, layer, s->p->n_layers);
+    work_budget work = share_of(s, layer);
+    if (!work_take(&work, 0)) {
+        s->out_of_time[i] = true;
+        return STATUS_OK;
+    }
     if (s->seed)
         memcpy(home_of(s, i), s->seed + problem_at(s->p, layer, 0), (size_t)s->p->n_experts * sizeof *s->seed);
     TRY(partition_pool_fill(s->p, layer, &random, &work, home_of(s, i), &s->pools[i]));
@@ -86,7 +100,7 @@ static status prepare_layer(void *arg, int i)
         return STATUS_OK;
     }
     random_stream random = random_open(s->p, (uint64_t)layer);
-    work_budget work = work_part(&s->work, layer, s->p->n_layers);
+    work_budget work = share_of(s, layer);
     clusters_descend(s->layers[i], &random, &work, home_of(s, i));
     s->out_of_time[i] = work.out_of_time;
     return STATUS_OK;
@@ -140,11 +154,11 @@ static status choose(partition *s, const cluster_relaxation *relaxations, int mo
         r->layer[r->n] = i;
         r->models[r->n] = choice->model;
         int64_t units = work_part(&s->work, s->first + i, s->p->n_layers).left;
-        r->options[r->n++] = (lp_options){.seconds = seconds_left(s),
-                                          .nodes = units / UNITS_PER_NODE + 1,
-                                          .pivots = units / UNITS_PER_PIVOT + 1,
-                                          .start = choice->start};
+        r->options[r->n++] =
+            (lp_options){.nodes = units / UNITS_PER_NODE + 1, .pivots = units / UNITS_PER_PIVOT + 1, .start = choice->start};
     }
+    for (int i = 0; i < r->n; i++)
+        r->options[i].seconds = seconds_left(s); /* models took time to make */
     TRY_GOTO(lp_solve_all(r->n, r->models, r->options, s->p->request->threads, r->results), out);
     for (int i = 0; i < r->n; i++)
         take_choice(s, r, i);
@@ -174,12 +188,12 @@ static status choose_from_pools(partition *s)
         st = starts[n] ? partition_pool_model(s->p, &s->pools[i], home_of(s, i), &models[n], starts[n])
                        : status_fail(STATUS_NO_MEMORY, "no memory for a choice of %d clusters", s->pools[i].n);
         int64_t units = work_part(&s->work, s->first + i, s->p->n_layers).left;
-        options[n] = (lp_options){.seconds = seconds_left(s),
-                                  .nodes = units / UNITS_PER_NODE / 4 + 1,
-                                  .pivots = units / UNITS_PER_PIVOT + 1,
-                                  .start = starts[n]};
+        options[n] =
+            (lp_options){.nodes = units / UNITS_PER_NODE / 4 + 1, .pivots = units / UNITS_PER_PIVOT + 1, .start = starts[n]};
         n++;
     }
+    for (int k = 0; k < n; k++)
+        options[k].seconds = seconds_left(s);
     if (st == STATUS_OK)
         st = lp_solve_all(n, models, options, s->p->request->threads, results);
     for (int k = 0; k < n; k++) {
@@ -272,7 +286,8 @@ static void describe(const partition *s, solver_report *report)
 
 static status solve(const problem *p, solver_report *report, plan *out)
 {
-    partition s = {.p = p, .work = work_start(p, (int64_t)UNITS_PER_LAYER * p->n_layers), .report = report};
+    partition s = {
+        .p = p, .work = work_start(p, (int64_t)UNITS_PER_LAYER * p->n_layers), .began = clock_seconds(), .report = report};
     s.home = malloc(problem_at(p, p->n_layers, 0) * sizeof *s.home);
     s.seed = malloc(problem_at(p, p->n_layers, 0) * sizeof *s.seed);
     status st =
