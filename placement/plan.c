@@ -2,6 +2,7 @@
  * there before memory is set aside for it, so a lying file cannot ask for more than a small multiple of its own size. */
 #include "placement/plan.h"
 
+#include "proto/file_replace.h"
 #include "proto/json.h"
 
 #include <assert.h>
@@ -388,7 +389,7 @@ status plan_write_beside(const plan *p, const char *model_name, const cJSON *bes
     write_plan(file, p, model_name, beside);
     bool failed = ferror(file) != 0;
     failed |= fclose(file) != 0;
-    if (failed || rename(part, path) != 0) {
+    if (failed || file_replace(part, path) != 0) {
         st = status_fail(STATUS_IO, "%s: cannot be written (%s)", path, strerror(errno));
         unlink(part);
     }

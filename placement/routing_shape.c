@@ -72,8 +72,9 @@ int routing_shape_find_domain(const routing_shape *shape, const char *name)
 status routing_shape_same_model(const char *where_a, const routing_shape *a, const char *where_b, const routing_shape *b)
 {
     if (strcmp(a->model, b->model) != 0)
-        return status_fail(STATUS_BAD_INPUT, "%.300s is about model %.150s, but %.300s about %.150s", where_b, b->model, where_a,
-                           a->model);
+        return status_fail(STATUS_BAD_INPUT, "%.300s is about %s%.150s, but %.300s about %s%.150s", where_b,
+                           *b->model ? "model " : "an unknown model", b->model, where_a,
+                           *a->model ? "model " : "an unknown model", a->model);
     if (a->n_experts != b->n_experts || a->n_layers != b->n_layers)
         return status_fail(STATUS_BAD_INPUT, "%.300s has %d experts in %d layers, but %.300s %d in %d", where_b, b->n_experts,
                            b->n_layers, where_a, a->n_experts, a->n_layers);

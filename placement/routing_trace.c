@@ -284,6 +284,9 @@ static status find_columns(routing_trace *t)
         if (!view)
             return status_fail(STATUS_BAD_INPUT, "%s: not a routing trace: tensor %s is missing", path, column_names[c]);
         if (c == EXPERTS && view->n_dims == 3 && view->shape[2] >= 1 && view->shape[2] <= t->shape.n_experts) {
+            if (t->shape.top_k > 0 && t->shape.top_k != view->shape[2])
+                return status_fail(STATUS_BAD_INPUT, "%s: metadata top_k is %d, but tensor experts has %lld choices per layer",
+                                   path, t->shape.top_k, (long long)view->shape[2]);
             t->n_tokens = view->shape[0];
             t->shape.top_k = (int)view->shape[2];
         }

@@ -1,6 +1,7 @@
 #include "placement/topology.h"
 
 #include "placement/plan.h"
+#include "proto/file_replace.h"
 #include "proto/json.h"
 
 #include <errno.h>
@@ -311,7 +312,7 @@ status topology_write(const topology *t, const char *path)
     write_topology(file, t);
     bool failed = ferror(file) != 0;
     failed |= fclose(file) != 0;
-    if (failed || rename(beside, path) != 0) {
+    if (failed || file_replace(beside, path) != 0) {
         st = status_fail(STATUS_IO, "%s: cannot be written (%s)", path, strerror(errno));
         unlink(beside);
     }

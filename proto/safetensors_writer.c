@@ -2,6 +2,7 @@
  *
  * Tensors are laid out widest element first, in order of declaration among equals, behind a header padded to 8 bytes: so
  * every tensor lies at a multiple of its element size, as the format's own writers do it, and readers may use it in place. */
+#include "proto/file_replace.h"
 #include "proto/safetensors.h"
 
 #include <errno.h>
@@ -292,7 +293,7 @@ status safetensors_writer_finish(safetensors_writer *writer)
 {
     if (!writer->data_start)
         TRY(safetensors_writer_begin(writer));
-    if (fdatasync(writer->fd) < 0 || rename(writer->temporary, writer->path) < 0)
+    if (fdatasync(writer->fd) < 0 || file_replace(writer->temporary, writer->path) < 0)
         return system_failed(writer);
     free(writer->temporary);
     writer->temporary = NULL;

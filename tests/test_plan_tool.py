@@ -110,6 +110,25 @@ def check_files(folder, trace):
     assert "bytes" in said and "copies" in said
 
 
+def check_ignored(folder, trace, made):
+    """No option is silently without effect, and what must fail fails before the planning."""
+    stats, pipe = os.path.join(folder, "stats"), os.path.join(folder, "pipe")
+    refused("--nodes goes with --ranks", "score", "--plan", made, "--trace", trace, "--nodes", "2", code=2)
+    refused("--domain chooses from a trace", "solve", "--stats", stats, "--ranks", "4", "--domain", "math", code=2)
+    refused("--phase chooses from a trace", "diff", made, made, "--phase", "decode", code=2)
+    refused("--folds: one part", "solve", "--trace", trace, "--ranks", "4", "--folds", "1", code=2)
+    refused("without --json", "solve", "--trace", trace, "--ranks", "4", "--held-out", trace, "--json", code=2)
+    refused("a picture needs a trace", "solve", "--stats", stats, "--ranks", "4", "--picture", os.path.join(folder, "none"), code=2)
+    slow = ("solve", "--trace", trace, "--ranks", "4", "--seconds", "0", "--work", "0")
+    refused("No such file", *slow, "-o", os.path.join(folder, "no", "plan.json"))
+    refused("Is a directory", *slow, "-o", folder)
+    refused("cannot be opened", *slow, "--held-out", os.path.join(folder, "no.trace"))
+    os.mkfifo(pipe)
+    for words in (slow, ("import", "eplb", os.path.join(folder, "eplb.npz"), "--ranks", "4"), ("export", "eplb", made), ("export", "sglang", made), ("stats", trace)):
+        refused("not supported", *words, "-o", pipe)
+    assert not os.path.isfile(pipe) and not [n for n in os.listdir(folder) if n.startswith("pipe.")]
+
+
 def check_mistakes(folder, trace):
     made = os.path.join(folder, "lpt.json")
     refused("is missing", "solve", "--trace", trace, code=2)
@@ -125,12 +144,22 @@ def check_mistakes(folder, trace):
         json.dump({"ranks": [rank] * RANKS, "same_node": {"us": 1, "gb_per_s": 3}, "cross_node": {"us": 60, "gb_per_s": 1}, "row_bytes": 768,
                    "bytes_per_expert": 110592}, f)
     refused(f"{32 * 110592} bytes more would do, or {48 * 110592} bytes on every rank", "solve", "--trace", trace, "--topology", budget)
+    with open(budget, encoding="utf-8") as f:
+        uneven = json.load(f)
+    for rank, n in zip(uneven["ranks"], (96, 48, 48, 12)):
+        rank["expert_bytes"] = n * 110592
+    with open(budget, "w", encoding="utf-8") as f:
+        json.dump(uneven, f)
+    said = plan("solve", "--trace", trace, "--topology", budget, "--solver", "lpt", "--folds", "0", "-C", "16").stdout
+    assert "contiguous does not fit: rank 3 would hold 48 experts and has room for 12" in said and "lpt does not fit" not in said, said
+    assert "lpt does not fit: rank 3" in plan("score", "--plan", made, "--trace", trace, "--topology", budget, "-C", "16").stdout
     with open(made, encoding="utf-8") as f:
         text = f.read()
     cut = os.path.join(folder, "cut.json")
     with open(cut, "w", encoding="utf-8") as f:
         f.write(text[:len(text) // 2])
     refused("cut.json", "score", "--plan", cut, "--trace", trace)
+    check_ignored(folder, trace, made)
     with open(trace, "rb") as f:
         data = f.read()
     with open(os.path.join(folder, "cut.trace"), "wb") as f:

@@ -180,6 +180,8 @@ static status print_json(const command_line *c, const plan *from, const plan *to
 static status load(command_line *c, const plan *from, bool *priced)
 {
     bool has_load = c->in.trace_path || c->in.stats_path;
+    if (!has_load && (c->in.domain || c->in.phase))
+        return status_fail(STATUS_USAGE, "--%s chooses from a trace: --traffic is missing", c->in.domain ? "domain" : "phase");
     *priced = has_load || c->in.topology_path || c->in.ranks || c->in.bytes_per_expert;
     if (has_load)
         return inputs_load(&c->in, from);

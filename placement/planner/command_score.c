@@ -181,6 +181,8 @@ static status run_comparison(score_options *o, bool details)
     }
     score_print_table(stdout, c.lines, c.n, c.has_bounds ? &c.bounds : NULL);
     score_print_bars(stdout, c.lines, c.n, c.has_bounds ? &c.bounds : NULL);
+    for (int i = 0; i < c.n; i++)
+        score_print_misfit(stdout, c.problem, &c.plans[i]);
     if (details)
         print_details(&c);
     if (o->per_layer)

@@ -6,7 +6,9 @@
 #include "placement/planner/score_print.h"
 #include "proto/clock.h"
 #include "proto/console.h"
+#include "proto/file_replace.h"
 
+#include <errno.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -183,6 +185,7 @@ static void print_result(const solve_options *o, const solve_state *s)
     const plan_bounds *bounds = s->has_bounds ? &s->bounds : NULL;
     score_print_table(stdout, lines, 2, bounds);
     score_print_bars(stdout, lines, 2, bounds);
+    score_print_misfit(stdout, p, &s->contiguous);
     print_gap(s);
     print_held(o, s);
     if (o->output)
@@ -270,10 +273,27 @@ static status write_outputs(const solve_options *o, const solve_state *s)
     return STATUS_OK;
 }
 
+/* What would fail once the plan is made fails before. */
+static status check_outputs(const solve_options *o)
+{
+    if (o->output)
+        TRY(file_replace_check(o->output));
+    if (o->picture && !o->in.trace_path)
+        return status_fail(STATUS_USAGE, "%s: a picture needs a trace to replay", o->picture);
+    if (o->folds == 1)
+        return status_fail(STATUS_USAGE, "--folds: one part alone leaves nothing to plan from; 0 for none, or 2 and more");
+    if (o->held_path && o->json)
+        return status_fail(STATUS_USAGE, "--held-out prints a second table: without --json, or score the plan on it by itself");
+    return o->held_path && access(o->held_path, R_OK) != 0
+               ? status_fail(STATUS_IO, "%s: cannot be opened (%s)", o->held_path, strerror(errno))
+               : STATUS_OK;
+}
+
 static status solve(solve_options *o, solve_state *s)
 {
     problem_request request;
     double slack;
+    TRY(check_outputs(o));
     TRY(find_solver(o->solver_name, &s->solver));
     TRY(inputs_parse_slack(o->in.slack_text, &slack));
     TRY(inputs_load(&o->in, NULL));

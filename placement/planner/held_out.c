@@ -102,6 +102,8 @@ static status run_fold(const solver *s, const problem_request *request, const tr
     traffic_count(fit, counts);
     traffic_count(held, live);
     drift_compare(a->n_layers, a->n_experts, counts, live, layers);
+    if (!(on_fit.contiguous_us > 0) || !(on_held.contiguous_us > 0))
+        TRY_GOTO(status_fail(STATUS_BAD_INPUT, "its tokens chose no expert"), out);
     double ratio = on_held.step_us / on_held.contiguous_us;
     sum->n_folds++;
     sum->fitted += on_fit.step_us / on_fit.contiguous_us;

@@ -1,5 +1,6 @@
 #include "placement/planner/import.h"
 
+#include "proto/file_replace.h"
 #include "proto/log.h"
 
 #include <errno.h>
@@ -387,7 +388,7 @@ status text_file_finish(text_file *f)
     status st = STATUS_OK;
     bool failed = ferror(f->stream) != 0;
     failed |= fclose(f->stream) != 0;
-    if (failed || rename(f->beside, f->path) != 0) {
+    if (failed || file_replace(f->beside, f->path) != 0) {
         st = status_fail(STATUS_IO, "%s: cannot be written (%s)", f->path, strerror(errno));
         unlink(f->beside);
     }

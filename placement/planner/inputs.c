@@ -10,10 +10,13 @@ status inputs_load_topology(plan_inputs *in, const plan *like)
 {
     if (in->topology_path && in->ranks)
         return status_fail(STATUS_USAGE, "--topology and --ranks: one of the two");
+    if (in->nodes && !in->ranks)
+        return status_fail(STATUS_USAGE, "--nodes goes with --ranks; %s says what is on which node",
+                           in->topology_path ? in->topology_path : "the plan");
     if (in->topology_path) {
         TRY(topology_read(in->topology_path, &in->topology));
     } else if (in->ranks) {
-        TRY(topology_uniform((int)in->ranks, (int)in->nodes, &in->topology));
+        TRY(topology_uniform((int)in->ranks, in->nodes ? (int)in->nodes : 1, &in->topology));
     } else if (like) {
         int n_nodes = 0;
         for (int r = 0; r < like->n_ranks; r++)
@@ -62,11 +65,25 @@ out:
     return st;
 }
 
+static status load_stats(plan_inputs *in)
+{
+    TRY(routing_stats_read(in->stats_path, &in->stats));
+    const routing_shape *shape = routing_stats_shape(in->stats);
+    for (int d = 0; d < shape->n_domains; d++)
+        for (int phase = 0; phase < N_PHASES; phase++)
+            if (routing_stats_tokens(in->stats, d, phase))
+                return STATUS_OK;
+    return status_fail(STATUS_BAD_INPUT, "%s: statistics of no tokens", in->stats_path);
+}
+
 status inputs_load(plan_inputs *in, const plan *like)
 {
+    if (!in->trace_path && (in->domain || in->phase))
+        return status_fail(STATUS_USAGE, "--%s chooses from a trace; `convoke-plan stats` makes statistics of a part",
+                           in->domain ? "domain" : "phase");
     TRY(inputs_load_topology(in, like));
     if (in->stats_path)
-        TRY(routing_stats_read(in->stats_path, &in->stats));
+        TRY(load_stats(in));
     if (in->trace_path)
         TRY(load_traffic(in));
     if (!in->stats && !in->has_traffic)

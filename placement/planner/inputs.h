@@ -35,8 +35,13 @@ typedef struct {
          .fallback = "0",                                                                                                        \
          .max = PLAN_MAX_RANKS,                                                                                                  \
          .help = "instead of a topology: that many ranks of two CPU cores"},                                                     \
-        {"nodes",         OPTION_INT, &(in)->nodes,          .argument = "D",                                                    \
-         .fallback = "1", .min = 1,   .max = PLAN_MAX_RANKS, .help = "with --ranks: nodes, in equal blocks"},                    \
+        {"nodes",                                                                                                                \
+         OPTION_INT,                                                                                                             \
+         &(in)->nodes,                                                                                                           \
+         .argument = "D",                                                                                                        \
+         .fallback = "0",                                                                                                        \
+         .max = PLAN_MAX_RANKS,                                                                                                  \
+         .help = "with --ranks: nodes, in equal blocks (0: one)"},                                                               \
     {                                                                                                                            \
         "bytes-per-expert", OPTION_SIZE, &(in)->bytes_per_expert,                                                                \
             .fallback = "0", .help = "one expert's weights in one layer (0: as the topology says)"                               \

@@ -4,6 +4,7 @@
 #include "placement/planner/array_file.h"
 
 #include "proto/bytes.h"
+#include "proto/file_replace.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -156,7 +157,7 @@ status npz_write(const char *path, const npz_array *arrays, int n_arrays)
         st = status_fail(STATUS_IO, "%s: cannot be written (%s)", path, zip_strerror(zip));
         zip_discard(zip);
     }
-    if (st == STATUS_OK && rename(beside, path) != 0)
+    if (st == STATUS_OK && file_replace(beside, path) != 0)
         st = status_fail(STATUS_IO, "%s: cannot be written (%s)", path, strerror(errno));
     if (st != STATUS_OK)
         unlink(beside);

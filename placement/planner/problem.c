@@ -222,7 +222,7 @@ static status refuse_slack(const problem *p, const double *best)
         worst = best[l] > best[worst] ? l : worst;
     return status_fail(
         STATUS_BAD_INPUT,
-        "slack %g%%: no plan found keeps layer %d within it (its busiest rank gets %.4gx its share at best); the smallest "
+        "slack %g%%: no plan found keeps layer %d within it (its busiest rank gets %.6gx its share at best); the smallest "
         "slack that would do is %.1f%%, unless extra slots let hot experts be replicated",
         p->request->slack * 100, p->layer_numbers[worst], best[worst], ceil((best[worst] - 1) * 1000 - 1e-6) / 10);
 }

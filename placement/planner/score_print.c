@@ -85,6 +85,31 @@ cJSON *bounds_to_json(const plan_bounds *b)
     return o;
 }
 
+/* ---- what does not fit ---- */
+
+static int n_copies_on(const plan *made, int g)
+{
+    int held = 0;
+    for (int l = 0; l < made->n_layers; l++)
+        for (int e = 0; e < made->n_experts; e++)
+            held += plan_holds(made, l, e, g);
+    return held;
+}
+
+void score_print_misfit(FILE *f, const problem *p, const plan *made)
+{
+    const topology *t = p->topology;
+    for (int g = 0; t->bytes_per_expert > 0 && g < p->n_ranks; g++) {
+        int held = n_copies_on(made, g);
+        int64_t holds = t->expert_bytes[g] / t->bytes_per_expert;
+        if (t->expert_bytes[g] >= 0 && held > holds) {
+            fprintf(f, "%s does not fit: rank %d would hold %d experts and has room for %lld; no bound here holds for it\n",
+                    made->name, g, held, (long long)holds);
+            return;
+        }
+    }
+}
+
 /* ---- the table ---- */
 
 typedef struct {
