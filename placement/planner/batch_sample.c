@@ -1,5 +1,5 @@
-/* batch_sample.c - a third of the steps at most are the replay's own (every n-th when there are many), half come from replays of
- * sequences drawn with replacement, the rest are random places in random sequences. */
+/* batch_sample.c - a third of the steps at most are the replay's own (every n-th when there are many), most of the
+ * others come from replays of sequences drawn with replacement, the rest are random places in random sequences. */
 #include "placement/planner/batch_sample.h"
 
 #include <stdlib.h>
@@ -7,7 +7,7 @@
 
 enum {
     MIN_STEPS = 48,
-    MAX_RERUNS = 8,
+    MAX_RERUNS = 12,
     SAMPLE_STREAM = 0x5a3b1e, /* of random numbers */
 };
 
@@ -52,8 +52,6 @@ typedef struct {
     const uint16_t *owner_of_sequence; /* NULL: places have owners */
     random_stream random;
     int n_places, n_ranks;
-    int *deck; /* [n_sequences] in random order; they are drawn one after the other, then shuffled again */
-    int n_drawn;
     int64_t *token; /* [n_places] */
     int64_t *end;   /* [n_places] of the token's sequence */
     uint16_t *owner;
@@ -67,14 +65,11 @@ static status drawing_start(const problem *p, drawing *d)
                    .random = random_open(p, SAMPLE_STREAM),
                    .n_places = n,
                    .n_ranks = p->n_ranks};
-    d->deck = calloc((size_t)d->t->n_sequences, sizeof *d->deck);
     d->token = calloc((size_t)n, sizeof *d->token);
     d->end = calloc((size_t)n, sizeof *d->end);
     d->owner = calloc((size_t)n, sizeof *d->owner);
-    if (!d->deck || !d->token || !d->end || !d->owner)
+    if (!d->token || !d->end || !d->owner)
         return status_fail(STATUS_NO_MEMORY, "no memory for %d places", n);
-    for (int i = 0; i < d->t->n_sequences; i++)
-        d->deck[i] = i;
     for (int i = 0; i < n; i++)
         d->owner[i] = (uint16_t)(i % p->n_ranks);
     return STATUS_OK;
@@ -82,27 +77,14 @@ static status drawing_start(const problem *p, drawing *d)
 
 static void drawing_end(drawing *d)
 {
-    free(d->deck);
     free(d->token);
     free(d->end);
     free(d->owner);
 }
 
-static void shuffle(drawing *d)
-{
-    for (int i = d->t->n_sequences - 1; i > 0; i--) {
-        int j = random_below(&d->random, i + 1), s = d->deck[i];
-        d->deck[i] = d->deck[j];
-        d->deck[j] = s;
-    }
-    d->n_drawn = 0;
-}
-
 static void draw_sequence(drawing *d, int place)
 {
-    if (d->n_drawn == d->t->n_sequences)
-        shuffle(d);
-    int s = d->deck[d->n_drawn++];
+    int s = random_below(&d->random, d->t->n_sequences);
     d->token[place] = d->t->first_token[s];
     d->end[place] = d->t->first_token[s + 1];
     if (d->owner_of_sequence)
@@ -113,7 +95,6 @@ static void draw_sequence(drawing *d, int place)
 static void add_rerun(drawing *d, int64_t stride, int64_t n_wanted, replay_schedule *out)
 {
     int left = d->t->n_sequences - d->n_places;
-    shuffle(d);
     for (int i = 0; i < d->n_places; i++)
         draw_sequence(d, i);
     for (int64_t step = 0; n_wanted > 0; step++) {
@@ -134,7 +115,6 @@ static void add_rerun(drawing *d, int64_t stride, int64_t n_wanted, replay_sched
 static void add_random(drawing *d, int64_t n_wanted, replay_schedule *out)
 {
     for (; n_wanted > 0; n_wanted--) {
-        shuffle(d);
         for (int i = 0; i < d->n_places; i++) {
             draw_sequence(d, i);
             d->token[i] += (int64_t)(random_unit(&d->random) * (double)(d->end[i] - d->token[i]));
@@ -147,7 +127,7 @@ static status add_drawn(const problem *p, int64_t n_steps, replay_schedule *out)
 {
     drawing d;
     status st = drawing_start(p, &d);
-    int64_t from_reruns = n_steps * 3 / 5, replayed = p->schedule->n_steps;
+    int64_t from_reruns = n_steps * 4 / 5, replayed = p->schedule->n_steps;
     int64_t n = from_reruns / replayed;
     n = n < 1 ? 1 : n > MAX_RERUNS ? MAX_RERUNS : n;
     int64_t each = from_reruns / n, stride = (replayed + each - 1) / each;
