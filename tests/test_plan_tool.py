@@ -123,6 +123,10 @@ def check_ignored(folder, trace, made):
     refused("No such file", *slow, "-o", os.path.join(folder, "no", "plan.json"))
     refused("Is a directory", *slow, "-o", folder)
     refused("cannot be opened", *slow, "--held-out", os.path.join(folder, "no.trace"))
+    refused("a trace is not overwritten", "stats", trace, "-o", trace, code=2)
+    refused("--stats goes with a plan", "show", trace, "--stats", stats, code=2)
+    refused("in a page alone", "show", trace, "--plan", made, code=2)
+    refused("cannot be opened", "stats", trace, "--plan", os.path.join(folder, "no.json"), "-o", os.path.join(folder, "none"))
     os.mkfifo(pipe)
     for words in (slow, ("import", "eplb", os.path.join(folder, "eplb.npz"), "--ranks", "4"), ("export", "eplb", made), ("export", "sglang", made), ("stats", trace)):
         refused("not supported", *words, "-o", pipe)

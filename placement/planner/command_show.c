@@ -73,6 +73,9 @@ static status report_trace(const routing_trace *trace, const char *path, const c
 static status show_trace(const char *path, const command_line *c)
 {
     routing_trace *trace;
+    if (!c->report && (c->plan || c->ranks))
+        return status_fail(STATUS_USAGE,
+                           "%s: of a trace, the balance is shown in a page alone: --report, or `convoke-plan stats`", path);
     TRY(routing_trace_open(path, &trace));
     status st = describe_trace(trace, stdout);
     if (st == STATUS_OK && c->report)
@@ -118,6 +121,8 @@ status command_show(int argc, char **argv)
     if (!run)
         return STATUS_OK;
     TRY(file_recognise(path, &kind));
+    if (c.stats && kind != FILE_PLAN)
+        return status_fail(STATUS_USAGE, "--stats goes with a plan, which %s is not", path);
     return kind == FILE_PLAN    ? show_plan(path, &c)
            : kind == FILE_STATS ? show_stats(path, &c)
            : kind == FILE_TRACE ? show_trace(path, &c)

@@ -14,6 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 enum { MAX_FILES = 4096, GIVE_BACK = 64 << 20 };
@@ -133,6 +134,12 @@ static status begin(const routing_stats *first, const command_line *c, routing_s
     return routing_stats_create(&shape, c->pairs, out);
 }
 
+static bool same_file(const char *a, const char *b)
+{
+    struct stat x, y;
+    return stat(a, &x) == 0 && stat(b, &y) == 0 && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
+}
+
 static status add_file(const char *path, const command_line *c, routing_stats **sum)
 {
     file_kind kind;
@@ -140,6 +147,8 @@ static status add_file(const char *path, const command_line *c, routing_stats **
     TRY(file_recognise(path, &kind));
     if (kind != FILE_TRACE && kind != FILE_STATS)
         return status_fail(STATUS_BAD_INPUT, "%s: neither a trace nor statistics", path);
+    if (kind == FILE_TRACE && same_file(path, c->out)) /* statistics may grow in their place; a trace would be lost */
+        return status_fail(STATUS_USAGE, "%s: a trace is not overwritten by its own counts: --output names another file", path);
     TRY(kind == FILE_TRACE ? read_trace(path, c, &stats) : read_stats(path, c, &stats));
     int domain = c->domain ? routing_shape_find_domain(routing_stats_shape(stats), c->domain) : -1;
     status st = *sum ? STATUS_OK : begin(stats, c, sum);
@@ -168,11 +177,14 @@ static status check_counted(const routing_stats *stats, const command_line *c)
                        c->domain ? " of domain '" : "", c->domain ? c->domain : "", c->domain ? "'" : "");
 }
 
-static status say(const routing_stats *stats, const command_line *c)
+/* The plan is looked at first: what does not fit leaves nothing behind. */
+static status write_and_say(const routing_stats *stats, const command_line *c)
 {
     plan p = {0};
     TRY(report_plan(stats, c->plan, (int)c->ranks, &p));
-    status st = describe_stats(stats, &p, false, stdout);
+    status st = routing_stats_write(stats, c->out);
+    if (st == STATUS_OK)
+        st = describe_stats(stats, &p, false, stdout);
     const report_input report = {.title = c->out, .stats = stats, .plan = &p};
     if (st == STATUS_OK && c->report)
         st = report_write(&report, c->report);
@@ -194,9 +206,7 @@ status command_stats(int argc, char **argv)
     if (run && st == STATUS_OK)
         st = check_counted(sum, &c);
     if (run && st == STATUS_OK)
-        st = routing_stats_write(sum, c.out);
-    if (run && st == STATUS_OK)
-        st = say(sum, &c);
+        st = write_and_say(sum, &c);
     routing_stats_destroy(sum);
     return st;
 }
