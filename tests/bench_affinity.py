@@ -3,6 +3,7 @@
 
   mix TEXTS.jsonl TOKENS.jsonl FIT.jsonl HELD.jsonl   texts with domains and their token ids: domains in turn, every second text of each
                                                       domain to fit on, the others held out, in pieces
+  links TOPOLOGY OUT                                  the same machine with links so slow that a plan looks at little else
   table RUN.json...                                   NAME@ROUND.json as convoke-score --json wrote them: medians over rounds
 """
 import json
@@ -29,6 +30,13 @@ def mix(texts, tokens, fit, held):
                         out.write(json.dumps({"domain": domain, "token_ids": lines.pop(0)}) + "\n")
 
 
+def links(path, out):
+    topology = json.loads(Path(path).read_text())
+    for kind in ("same_node", "cross_node"):
+        topology[kind] = {"us": 1e-6, "gb_per_s": topology[kind]["gb_per_s"] / 100}
+    Path(out).write_text(json.dumps(topology))
+
+
 def table(paths):
     runs = {}
     for path in map(Path, paths):
@@ -50,5 +58,7 @@ def table(paths):
 if __name__ == "__main__":
     if sys.argv[1] == "mix":
         mix(*sys.argv[2:])
+    elif sys.argv[1] == "links":
+        links(*sys.argv[2:])
     else:
         table(sys.argv[2:])

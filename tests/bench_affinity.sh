@@ -4,7 +4,8 @@
 #
 #   RATE=1gbit    of the link       NEW=64     tokens each text is continued by
 #   BATCH=24      sequences at once ROUNDS=3   of each setting, in turn
-#   SOLVE="..."   further arguments of `convoke-plan solve`, where no plan is given
+#   SOLVE="..."   further arguments of `convoke-plan solve`, where no plan is given (--extra-slots 2)
+#   FITTED=1      plan on all texts, those of the run among them
 # Bytes are rows out and back and moved keys and values between nodes. Needs what two_hosts.sh needs.
 set -eu
 build=$(cd "$1" && pwd)
@@ -21,10 +22,12 @@ python3 "$here/bench_affinity.py" mix "$model/texts.jsonl" "$out/tokens.jsonl" "
 "$here/two_hosts.sh" 2 "$build/convoke-probe" --model "$model" --threads 1 --seconds 2 -o "$out/topology.json"
 if [ -z "$plan" ]; then
     plan=$out/plan.json
+    python3 "$here/bench_affinity.py" links "$out/topology.json" "$out/links.json"
+    [ -z "${FITTED:-}" ] || cat "$out/held.jsonl" >>"$out/fit.jsonl"
     "$build/convoke-score" --model "$model" --input "$out/fit.jsonl" --greedy "$new" --routing "$out/fit.trace" >/dev/null
     # shellcheck disable=SC2086 # SOLVE is words
-    "$build/convoke-plan" solve --trace "$out/fit.trace" --topology "$out/topology.json" --owner affinity --node-dedupe \
-        --bounds none --folds 0 ${SOLVE:-} -o "$plan"
+    "$build/convoke-plan" solve --trace "$out/fit.trace" --topology "$out/links.json" --owner affinity --node-dedupe --solver affinity \
+        --replica-choice share --bounds none --folds 0 --concurrency "$batch" --seconds 30 ${SOLVE:-} -o "$plan"
 fi
 
 run() # NAME ROUND ARGUMENTS...
