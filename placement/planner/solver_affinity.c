@@ -1,6 +1,7 @@
 /* affinity - plans for owners that follow the experts: sequences that use the same experts are put together first, experts are
  * placed for those owners by step time, owners are chosen anew under that plan, and so on; every plan is priced by a replay in
  * which owners really go by affinity, from their sequence's first tokens. */
+#include "placement/planner/owner_replicas.h"
 #include "placement/planner/owners.h"
 #include "placement/planner/score.h"
 #include "placement/planner/solver.h"
@@ -50,10 +51,36 @@ static status consider(search *s, plan *made)
     return st;
 }
 
-/* Experts for the owners as they are now; *made is the new plan. */
-static status place_experts(search *s, double seconds, int64_t work, plan *made)
+/* Room for every expert once and no more, [n_layers][n_ranks]: free(); NULL when there is no more room than that anyway. */
+static status single_slots(const problem *p, int **out)
+{
+    size_t cells = (size_t)p->n_layers * (size_t)p->n_ranks;
+    int64_t all = 0;
+    *out = NULL;
+    for (size_t i = 0; i < cells; i++)
+        all += p->slots[i];
+    if (all == (int64_t)p->n_layers * p->n_experts)
+        return STATUS_OK;
+    int *slots = malloc(cells * sizeof *slots);
+    status st = slots ? STATUS_OK : status_fail(STATUS_NO_MEMORY, "no memory for the slots of %d layers", p->n_layers);
+    for (int l = 0; st == STATUS_OK && l < p->n_layers; l++)
+        st = start_sizes(p, l, slots + (size_t)l * (size_t)p->n_ranks);
+    if (st == STATUS_OK)
+        *out = slots;
+    else
+        free(slots);
+    return st;
+}
+
+/* Experts for the owners as they are now; *made is the new plan. Spare slots go to the busiest steps (by batch) or, where
+ * `for_links`, to whatever saves journeys. */
+static status place_experts(search *s, bool for_links, double seconds, int64_t work, plan *made)
 {
     problem q = *s->p;
+    int *slots = NULL;
+    if (for_links)
+        TRY(single_slots(s->p, &slots));
+    q.slots = slots ? slots : q.slots;
     problem_request request = *s->p->request;
     replay_schedule schedule = {0};
     solver_report report = {0};
@@ -61,11 +88,19 @@ static status place_experts(search *s, double seconds, int64_t work, plan *made)
     request.seed = NULL;
     request.seconds = seconds;
     request.work = work;
-    TRY(owners_schedule(s->p, s->owners, &schedule));
+    status st = owners_schedule(s->p, s->owners, &schedule);
     q.request = &request;
     q.schedule = &schedule;
     q.owner_of_sequence = s->owners;
-    status st = solver_batch.solve(&q, &report, made);
+    if (st == STATUS_OK)
+        st = solver_batch.solve(&q, &report, made);
+    if (st == STATUS_OK && slots) {
+        plan filled = {0};
+        st = owner_replicas_add(s->p, s->owners, made, &filled);
+        plan_clear(made);
+        *made = filled;
+    }
+    free(slots);
     s->report->work += report.work;
     s->report->out_of_time |= report.out_of_time;
     replay_schedule_clear(&schedule);
@@ -85,7 +120,7 @@ static status improve(search *s, int start)
             return STATUS_OK;
         }
         s->rounds++;
-        TRY(place_experts(s, r->seconds / (ROUNDS * STARTS), part, &made));
+        TRY(place_experts(s, start % 2 == 0, r->seconds / (ROUNDS * STARTS), part, &made));
         status st = owners_by_plan(s->p, &made, s->owners);
         if (st == STATUS_OK)
             st = consider(s, &made);
