@@ -8,12 +8,12 @@
 enum {
     BLOCK = 64, /* steps at a time: their loads and splits stay in the nearest cache */
     ROUNDS = 3, /* of giving and taking */
-    TRIALS_PER_SLOT = 150,
+    TRIALS_PER_SLOT = 200,
     PROBES = 32,
     WORK_UNIT = 1000, /* elementary operations */
     CLOCK_EVERY = 8,  /* trials */
 };
-static const double WARMTH = 0.25, COOLED = 0.01; /* of what a random change makes worse on average */
+static const double WARMTH = 0.12, COOLED = 0.005; /* of what a random change makes worse on average */
 static const double WORTH = 1e-6;
 
 typedef struct {

@@ -14,7 +14,7 @@
 #include <string.h>
 
 enum {
-    DEFAULT_WORK = 20000000, /* thousands of operations, all layers together: about 10 s of one core */
+    DEFAULT_WORK = 30000000, /* thousands of operations, all layers together: about 20 s of one core */
     MAX_TOKENS = 400000,     /* of a sample, in all its steps */
     MAX_STEPS = 1536,
     MIN_STEPS = 256,
