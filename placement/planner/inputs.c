@@ -104,8 +104,8 @@ static int concurrency_of(const plan_inputs *in)
 {
     if (in->concurrency > 0 || !in->has_traffic)
         return (int)in->concurrency;
-    int half = (in->traffic.n_sequences + 1) / 2;
-    return half < USUAL_CONCURRENCY ? half : USUAL_CONCURRENCY;
+    int third = (in->traffic.n_sequences + 2) / 3; /* so that either of two uneven folds still fills it */
+    return third < USUAL_CONCURRENCY ? third : USUAL_CONCURRENCY;
 }
 
 problem_request inputs_request(const plan_inputs *in)

@@ -50,7 +50,7 @@ typedef struct {
     {"concurrency",      OPTION_INT,                                                                                             \
      &(in)->concurrency, .letter = 'C',                                                                                          \
      .argument = "C",    .fallback = "0",                                                                                        \
-     .max = 1 << 20,     .help = "sequences at once in the replay (0: 128, or half the trace's if it has fewer)"},               \
+     .max = 1 << 20,     .help = "sequences at once in the replay (0: 128, or a third of the trace's if that is fewer)"},               \
         {"owner",                                                                                                                \
          OPTION_CHOICE,                                                                                                          \
          &(in)->owner,                                                                                                           \
