@@ -151,3 +151,8 @@ status json_item_int(const cJSON *item, const char *where, int index, int64_t mi
     snprintf(name, sizeof name, "item %d", index);
     return whole_number(item, where, name, min, max, out);
 }
+
+void json_put_number(cJSON *object, const char *key, double value)
+{
+    cJSON_AddItemToObject(object, key, isfinite(value) ? cJSON_CreateNumber(value) : cJSON_CreateNull());
+}

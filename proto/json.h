@@ -1,4 +1,4 @@
-/* json.h - reading JSON files and lines with one clear sentence per mistake (over cJSON).
+/* json.h - reading JSON files and lines with one clear sentence per mistake (over cJSON); and what writing needs besides.
  *
  * `where` names the place in sentences ("config.json", "plan.json: layer 3"). A getter fails when the key is missing (unless
  * it is the _or form, which then gives the default; null counts as missing), has the wrong type, is no whole number, or is
@@ -32,5 +32,8 @@ status json_get_array(const cJSON *object, const char *where, const char *key, c
 status json_item_int(const cJSON *item, const char *where, int index, int64_t min, int64_t max, int64_t *out);
 /* NULL when the key is missing or null. Case-sensitive. */
 const cJSON *json_find(const cJSON *object, const char *key);
+
+/* Adds a number to an object; what is not finite has no word in JSON and becomes null. */
+void json_put_number(cJSON *object, const char *key, double value);
 
 #endif

@@ -192,26 +192,21 @@ static void print_result(const solve_options *o, const solve_state *s)
         printf("%s: written\n", o->output);
 }
 
-static void put(cJSON *object, const char *key, double value)
-{
-    cJSON_AddItemToObject(object, key, isfinite(value) ? cJSON_CreateNumber(value) : cJSON_CreateNull());
-}
-
 static status print_json(const solve_state *s)
 {
     cJSON *root = cJSON_CreateObject(), *held = cJSON_AddObjectToObject(root, "held_out");
     cJSON_AddStringToObject(root, "solver", s->solver->name);
     cJSON_AddStringToObject(root, "remark", s->report.remark);
     cJSON_AddBoolToObject(root, "out_of_time", s->report.out_of_time);
-    put(root, "seconds", s->solve_seconds);
+    json_put_number(root, "seconds", s->solve_seconds);
     cJSON_AddItemToObject(root, "score", score_to_json(&s->score));
     cJSON_AddItemToObject(root, "contiguous", score_to_json(&s->contiguous_score));
     cJSON_AddItemToObject(root, "bound", bounds_to_json(s->has_bounds ? &s->bounds : NULL));
-    put(held, "folds", s->held.n_folds);
-    put(held, "step_over_contiguous", s->held.n_folds ? s->held.held : NAN);
-    put(held, "fitted_step_over_contiguous", s->held.n_folds ? s->held.fitted : NAN);
-    put(held, "max_over_mean_mean", s->held.n_folds ? s->held.balance_held : NAN);
-    put(held, "drift", s->held.n_folds ? s->held.drift : NAN);
+    json_put_number(held, "folds", s->held.n_folds);
+    json_put_number(held, "step_over_contiguous", s->held.n_folds ? s->held.held : NAN);
+    json_put_number(held, "fitted_step_over_contiguous", s->held.n_folds ? s->held.fitted : NAN);
+    json_put_number(held, "max_over_mean_mean", s->held.n_folds ? s->held.balance_held : NAN);
+    json_put_number(held, "drift", s->held.n_folds ? s->held.drift : NAN);
     char *text = cJSON_PrintUnformatted(root);
     if (text)
         puts(text);

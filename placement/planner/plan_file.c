@@ -5,11 +5,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-static void put(cJSON *object, const char *key, double value)
-{
-    cJSON_AddItemToObject(object, key, isfinite(value) ? cJSON_CreateNumber(value) : cJSON_CreateNull());
-}
-
 static void put_solver(cJSON *root, const plan_provenance *v)
 {
     cJSON *o = cJSON_AddObjectToObject(root, "solver");
@@ -19,14 +14,14 @@ static void put_solver(cJSON *root, const plan_provenance *v)
     const solver_report *r = v->report;
     if (!r)
         return;
-    put(o, "value", r->objective);
-    put(o, "value_bound", r->bound);
-    put(o, "seed_value", r->seed_objective);
-    put(o, "work", (double)r->work);
+    json_put_number(o, "value", r->objective);
+    json_put_number(o, "value_bound", r->bound);
+    json_put_number(o, "seed_value", r->seed_objective);
+    json_put_number(o, "work", (double)r->work);
     cJSON_AddBoolToObject(o, "out_of_time", r->out_of_time);
-    put(o, "glpk_runs", r->glpk_runs);
-    put(o, "glpk_proved", r->glpk_proved);
-    put(o, "glpk_improved", r->glpk_improved);
+    json_put_number(o, "glpk_runs", r->glpk_runs);
+    json_put_number(o, "glpk_proved", r->glpk_proved);
+    json_put_number(o, "glpk_improved", r->glpk_improved);
     cJSON_AddStringToObject(o, "remark", r->remark);
 }
 
@@ -60,7 +55,7 @@ status plan_file_write(const problem *p, const plan *made, const plan_provenance
         put_solver(root, provenance);
     cJSON_AddItemToObject(root, "score", score_to_json(provenance->score));
     cJSON_AddItemToObject(root, "bound", bounds_to_json(provenance->bounds));
-    put(root, "gap", gap_of(provenance));
+    json_put_number(root, "gap", gap_of(provenance));
     cJSON_AddStringToObject(root, "made_from", provenance->source ? provenance->source : "");
     put_counts(root, p);
     status st = plan_write_beside(made, provenance->model, root, path);

@@ -6,11 +6,6 @@
 
 /* ---- JSON ---- */
 
-static void put(cJSON *object, const char *key, double value)
-{
-    cJSON_AddItemToObject(object, key, isfinite(value) ? cJSON_CreateNumber(value) : cJSON_CreateNull());
-}
-
 static void put_list(cJSON *object, const char *key, const double *values, int n)
 {
     cJSON *list = cJSON_AddArrayToObject(object, key);
@@ -20,22 +15,22 @@ static void put_list(cJSON *object, const char *key, const double *values, int n
 
 static void put_replay(cJSON *o, const replay_result *r)
 {
-    put(o, "step_us", r->step_us);
-    put(o, "step_us_low", r->low_us);
-    put(o, "step_us_high", r->high_us);
-    put(o, "compute_us", r->compute_us);
-    put(o, "dispatch_us", r->dispatch_us);
-    put(o, "combine_us", r->combine_us);
-    put(o, "steps", (double)r->n_steps);
-    put(o, "rows", (double)r->n_rows);
-    put(o, "copies", r->copies);
-    put(o, "cross_copies", r->cross_copies);
-    put(o, "home", r->home);
-    put(o, "max_over_mean_replayed", r->max_over_mean_mean);
-    put(o, "max_over_mean_replayed_worst", r->max_over_mean_worst);
-    put(o, "max_over_mean_step", r->max_over_mean_step);
-    put(o, "split_gap", r->split_gap);
-    put(o, "owner_moves", (double)r->n_moves);
+    json_put_number(o, "step_us", r->step_us);
+    json_put_number(o, "step_us_low", r->low_us);
+    json_put_number(o, "step_us_high", r->high_us);
+    json_put_number(o, "compute_us", r->compute_us);
+    json_put_number(o, "dispatch_us", r->dispatch_us);
+    json_put_number(o, "combine_us", r->combine_us);
+    json_put_number(o, "steps", (double)r->n_steps);
+    json_put_number(o, "rows", (double)r->n_rows);
+    json_put_number(o, "copies", r->copies);
+    json_put_number(o, "cross_copies", r->cross_copies);
+    json_put_number(o, "home", r->home);
+    json_put_number(o, "max_over_mean_replayed", r->max_over_mean_mean);
+    json_put_number(o, "max_over_mean_replayed_worst", r->max_over_mean_worst);
+    json_put_number(o, "max_over_mean_step", r->max_over_mean_step);
+    json_put_number(o, "split_gap", r->split_gap);
+    json_put_number(o, "owner_moves", (double)r->n_moves);
     put_list(o, "layer_us", r->layer_us, r->n_layers);
     put_list(o, "max_over_mean_of_layer", r->max_over_mean, r->n_layers);
     cJSON *rows = cJSON_AddArrayToObject(o, "link_rows");
@@ -52,16 +47,16 @@ cJSON *score_to_json(const plan_score *s)
     cJSON *o = cJSON_CreateObject();
     if (!o)
         return NULL;
-    put(o, "max_over_mean_mean", s->max_over_mean_mean);
-    put(o, "max_over_mean_worst", s->max_over_mean_worst);
-    put(o, "max_over_mean_error", s->max_over_mean_error);
-    put(o, "imbalance", s->max_over_mean_mean - 1); /* (max - mean) / mean */
-    put(o, "balancedness", s->max_over_mean_mean > 0 ? 1 / s->max_over_mean_mean : NAN);
-    put(o, "flow", s->flow);
-    put(o, "moetuner", s->moetuner);
-    put(o, "ranks_per_token", s->ranks_per_token);
-    put(o, "replicas", s->n_replicas);
-    put(o, "replica_bytes", (double)s->replica_bytes);
+    json_put_number(o, "max_over_mean_mean", s->max_over_mean_mean);
+    json_put_number(o, "max_over_mean_worst", s->max_over_mean_worst);
+    json_put_number(o, "max_over_mean_error", s->max_over_mean_error);
+    json_put_number(o, "imbalance", s->max_over_mean_mean - 1); /* (max - mean) / mean */
+    json_put_number(o, "balancedness", s->max_over_mean_mean > 0 ? 1 / s->max_over_mean_mean : NAN);
+    json_put_number(o, "flow", s->flow);
+    json_put_number(o, "moetuner", s->moetuner);
+    json_put_number(o, "ranks_per_token", s->ranks_per_token);
+    json_put_number(o, "replicas", s->n_replicas);
+    json_put_number(o, "replica_bytes", (double)s->replica_bytes);
     if (s->has_replay)
         put_replay(o, &s->replay);
     return o;
@@ -72,15 +67,15 @@ cJSON *bounds_to_json(const plan_bounds *b)
     cJSON *o = b ? cJSON_CreateObject() : cJSON_CreateNull();
     if (!b || !o)
         return o;
-    put(o, "step_us", b->step_us);
-    put(o, "step_compute_us", b->step_compute_us);
-    put(o, "step_transfer_us", b->step_transfer_us);
-    put(o, "max_over_mean_mean", b->balance);
-    put(o, "ranks_per_token", b->ranks_per_token);
-    put(o, "ranks_layers_proved", b->ranks_layers_proved);
-    put(o, "flow_spectral", b->flow_spectral);
-    put(o, "flow_matching", b->flow_matching);
-    put(o, "seconds", b->seconds);
+    json_put_number(o, "step_us", b->step_us);
+    json_put_number(o, "step_compute_us", b->step_compute_us);
+    json_put_number(o, "step_transfer_us", b->step_transfer_us);
+    json_put_number(o, "max_over_mean_mean", b->balance);
+    json_put_number(o, "ranks_per_token", b->ranks_per_token);
+    json_put_number(o, "ranks_layers_proved", b->ranks_layers_proved);
+    json_put_number(o, "flow_spectral", b->flow_spectral);
+    json_put_number(o, "flow_matching", b->flow_matching);
+    json_put_number(o, "seconds", b->seconds);
     cJSON_AddStringToObject(o, "remark", b->remark);
     return o;
 }
