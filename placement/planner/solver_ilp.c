@@ -2,7 +2,7 @@
  * layers together, then odd ones, until no layer gains; tiny problems then all layers at once, with proof.
  *
  * It starts from LPT's clusters, named layer by layer so that flow stays (or from the seed). A layer's programme is solved to
- * 0.01 % within milliseconds at a slack of 5 %; at 0 % GLPK finds little, as groundwork for this solver showed. */
+ * 0.01 % within milliseconds at a slack of 5 %; at 0 % GLPK finds little. */
 #include "placement/planner/flow_cost.h"
 #include "placement/planner/layer_ilp.h"
 #include "placement/planner/matching.h"
