@@ -4,6 +4,7 @@
  * milliseconds between, and the wait ends when a peer of the node dies or this rank is told to stop. */
 #include "router/group_internal.h"
 
+#include <fcntl.h>
 #include <limits.h>
 #include <mpi.h>
 #include <sched.h>
@@ -27,6 +28,7 @@ struct group_links {
     uint64_t *keys;
     int *done; /* [room] scratch */
     int n_transfers, room;
+    char own_segment[300]; /* name that this rank's segment lost; "": it kept it */
 };
 
 /* What every rank tells all others at start. */
@@ -115,10 +117,24 @@ static status forget_segments(group *g, MPI_Comm machine)
         find_segments(&l);
     complete = l.n == n;
     int error = MPI_Allreduce(&complete, &all_complete, 1, MPI_INT, MPI_MIN, machine);
-    for (int i = 0; i < n && error == MPI_SUCCESS && all_complete; i++)
+    int local = 0;
+    MPI_Comm_rank(machine, &local);
+    for (int i = 0; i < n && error == MPI_SUCCESS && all_complete; i++) {
         unlink(l.paths[i]); /* another rank may have been first */
+        const char *number = strrchr(l.paths[i], '.');
+        if (number && atoi(number + 1) == local)
+            snprintf(g->links->own_segment, sizeof g->links->own_segment, "%s", l.paths[i]);
+    }
     free(l.paths);
     return error == MPI_SUCCESS ? STATUS_OK : group_mpi_failed(g->rank, "MPI_Allreduce", error);
+}
+
+/* Open MPI takes its segment's name away at the end, and complains at length when it is gone: so there is one to take. */
+static void give_name_back(const group_links *links)
+{
+    int fd = *links->own_segment ? open(links->own_segment, O_CREAT | O_EXCL | O_WRONLY | O_CLOEXEC, 0600) : -1;
+    if (fd >= 0)
+        close(fd);
 }
 
 static status introduce(group *g, introduction *all)
@@ -236,6 +252,7 @@ void group_mpi_finish(group *g)
             MPI_Comm_free(&g->links->firsts);
         if (g->links->world != MPI_COMM_NULL)
             MPI_Comm_free(&g->links->world);
+        give_name_back(g->links);
         MPI_Finalize();
     }
     free(g->links->transfers);
