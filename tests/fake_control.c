@@ -297,6 +297,13 @@ bool fake_control_said(fake_control *f, const char *text)
     return found;
 }
 
+bool fake_control_will_say(fake_control *f, const char *text)
+{
+    for (int i = 0; i < 100 && !fake_control_said(f, text); i++)
+        usleep(100000);
+    return fake_control_said(f, text);
+}
+
 pid_t fake_control_mpirun(fake_control *f)
 {
     char path[64];

@@ -48,6 +48,8 @@ void fake_control_free(Convoke__Control__ToCoordinator *m);
 double fake_control_await_end(fake_control *f, double seconds);
 /* Whether a line of the job's stderr holds the text. */
 bool fake_control_said(fake_control *f, const char *text);
+/* Waits for it up to ten seconds: while workers run, what they log comes by another way than their messages. */
+bool fake_control_will_say(fake_control *f, const char *text);
 pid_t fake_control_mpirun(fake_control *f);
 
 #endif
