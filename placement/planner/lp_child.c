@@ -185,6 +185,8 @@ static status wait_for_some(int n, lp_job *jobs, struct pollfd *fds)
 
 static status run_jobs(int n, lp_job *jobs, int processes)
 {
+    if (n < 1)
+        return STATUS_OK;
     struct pollfd *fds = calloc((size_t)n, sizeof *fds);
     if (!fds)
         return status_fail(STATUS_NO_MEMORY, "no memory for %d linear programmes", n);
