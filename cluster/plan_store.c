@@ -1,6 +1,7 @@
 #include "cluster/plan_store.h"
 
 #include "proto/bytes.h"
+#include "proto/file_replace.h"
 #include "proto/hash.h"
 #include "proto/json.h"
 
@@ -99,7 +100,7 @@ status plan_store_write(const char *path, const char *json, size_t size)
         return status_fail(STATUS_IO, "%s: cannot be written (%s)", path, strerror(errno));
     bool fine = fwrite(json, 1, size, f) == size;
     fine &= fclose(f) == 0;
-    if (fine && rename(part, path) == 0)
+    if (fine && file_replace(part, path) == 0)
         return STATUS_OK;
     status st = status_fail(STATUS_IO, "%s: cannot be written (%s)", path, strerror(errno));
     unlink(part);

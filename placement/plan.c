@@ -414,6 +414,19 @@ bool plan_holds(const plan *p, int layer, int expert, int rank)
     return false;
 }
 
+int plan_nearest(const plan *p, const int *node_of_rank, int layer, int expert, int owner)
+{
+    const int *ranks = plan_copies(p, layer, expert);
+    int near = -1;
+    for (int c = 0, n = plan_n_copies(p, layer, expert); c < n; c++) {
+        if (ranks[c] == owner)
+            return owner;
+        if (near < 0 && node_of_rank[ranks[c]] == node_of_rank[owner])
+            near = ranks[c];
+    }
+    return near < 0 ? ranks[0] : near;
+}
+
 int plan_choose(const plan *p, replica_choice choice, int layer, int expert, int owner, uint32_t turn)
 {
     assert(owner >= 0 && owner < p->n_ranks);

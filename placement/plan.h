@@ -63,6 +63,8 @@ static inline const int *plan_copies(const plan *p, int layer, int expert)
     return p->copy_ranks + p->first_copy[(size_t)layer * (size_t)p->n_experts + (size_t)expert];
 }
 bool plan_holds(const plan *p, int layer, int expert, int rank);
+/* The copy whose way from `owner` is shortest: its own, else the first on its node, else the home. node_of_rank [n_ranks]. */
+int plan_nearest(const plan *p, const int *node_of_rank, int layer, int expert, int owner);
 
 typedef enum {
     REPLICA_OWNER_FIRST, /* the owner's own copy, else one on its node, else round-robin over all; round-robin among equals */

@@ -3,6 +3,7 @@
 #include "placement/replay.h"
 
 #include "placement/replay_layer.h"
+#include "proto/hash.h"
 
 #include <pthread.h>
 #include <sched.h>
@@ -135,10 +136,7 @@ static status run_all_layers(run *r, uint64_t *link_rows)
 /* splitmix64's output function: a well-mixed number for every counter. */
 static uint64_t mix(uint64_t counter)
 {
-    uint64_t z = (counter + 1) * UINT64_C(0x9e3779b97f4a7c15);
-    z = (z ^ (z >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
-    z = (z ^ (z >> 27)) * UINT64_C(0x94d049bb133111eb);
-    return z ^ (z >> 31);
+    return hash_mix((counter + 1) * UINT64_C(0x9e3779b97f4a7c15));
 }
 
 static int rising(const void *a, const void *b)

@@ -135,20 +135,6 @@ static status places_start(const traffic *t, const plan *p, const topology *topo
     return STATUS_OK;
 }
 
-/* The rank that would compute (layer, expert) for rows owned by r. */
-static int nearest_copy(const places *s, int layer, int expert, int r)
-{
-    const int *ranks = plan_copies(s->p, layer, expert), *node = s->topo->node_of_rank;
-    int near = -1;
-    for (int c = 0, n = plan_n_copies(s->p, layer, expert); c < n; c++) {
-        if (ranks[c] == r)
-            return r;
-        if (near < 0 && node[ranks[c]] == node[r])
-            near = ranks[c];
-    }
-    return near < 0 ? ranks[0] : near;
-}
-
 /* Rows that the tokens [first, last) would have sent from each possible owner, into s->sent. */
 static void count_sent(places *s, int64_t first, int64_t last)
 {
@@ -162,7 +148,7 @@ static void count_sent(places *s, int64_t first, int64_t last)
             for (int r = 0; r < s->topo->n_ranks; r++) {
                 s->seen[r] = ++stamp; /* its own rows go nowhere */
                 for (int j = 0; j < s->t->shape.top_k; j++) {
-                    int to = experts[j] == ROUTING_NO_EXPERT ? r : nearest_copy(s, l, experts[j], r);
+                    int to = experts[j] == ROUTING_NO_EXPERT ? r : plan_nearest(s->p, s->topo->node_of_rank, l, experts[j], r);
                     s->sent[(size_t)r * n_ranks + (size_t)to] += s->seen[to] != stamp;
                     s->seen[to] = stamp;
                 }

@@ -16,4 +16,13 @@ static inline uint64_t hash_bytes(uint64_t start, const void *bytes, size_t n)
     return start;
 }
 
+/* splitmix64's finaliser (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014): a well-mixed number for
+ * every number, one to one. */
+static inline uint64_t hash_mix(uint64_t x)
+{
+    x = (x ^ (x >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
+    x = (x ^ (x >> 27)) * UINT64_C(0x94d049bb133111eb);
+    return x ^ (x >> 31);
+}
+
 #endif

@@ -4,19 +4,6 @@
 
 #include <stdlib.h>
 
-static int nearest_copy(const plan *p, int layer, int expert, int owner)
-{
-    const int *ranks = plan_copies(p, layer, expert);
-    int near = -1;
-    for (int c = 0, n = plan_n_copies(p, layer, expert); c < n; c++) {
-        if (ranks[c] == owner)
-            return owner;
-        if (near < 0 && p->node_of_rank[ranks[c]] == p->node_of_rank[owner])
-            near = ranks[c];
-    }
-    return near < 0 ? ranks[0] : near;
-}
-
 struct owner_prices {
     const topology *t;
     double *row_us;                    /* [n_ranks][n_ranks] from, to */
@@ -98,7 +85,7 @@ void owner_add_row(owner_prices *o, const plan *p, int layer, const uint16_t *ex
         for (int j = 0; j < top_k; j++) {
             if (experts[j] == ROUTING_NO_EXPERT)
                 continue;
-            size_t to = (size_t)nearest_copy(p, layer, experts[j], (int)r);
+            size_t to = (size_t)plan_nearest(p, p->node_of_rank, layer, experts[j], (int)r);
             if (o->seen[to] == o->stamp)
                 continue;
             o->seen[to] = o->stamp;

@@ -4,6 +4,7 @@
  * kept sorted by their load, so the B that brings both ranks nearest to each other is found by walking two lists at once: one
  * round costs as many steps as there are sets, not as there are pairs of sets. */
 #include "placement/planner/assign.h"
+#include "proto/hash.h"
 
 #include <math.h>
 #include <stdint.h>
@@ -263,10 +264,7 @@ static void descend(spread *s)
 
 static uint64_t mix(uint64_t x)
 {
-    x += 0x9e3779b97f4a7c15u;
-    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
-    x = (x ^ x >> 27) * 0x94d049bb133111ebu;
-    return x ^ x >> 31;
+    return hash_mix(x + UINT64_C(0x9e3779b97f4a7c15));
 }
 
 static void load_ranks(spread *s, const int *rank)

@@ -18,19 +18,8 @@ status inputs_load_topology(plan_inputs *in, const plan *like)
     } else if (in->ranks) {
         TRY(topology_uniform((int)in->ranks, in->nodes ? (int)in->nodes : 1, &in->topology));
     } else if (like) {
-        int n_nodes = 0;
-        for (int r = 0; r < like->n_ranks; r++)
-            n_nodes = like->node_of_rank[r] >= n_nodes ? like->node_of_rank[r] + 1 : n_nodes;
         TRY(topology_uniform(like->n_ranks, 1, &in->topology));
-        in->topology.n_nodes = n_nodes;
-        int *seen = calloc((size_t)n_nodes, sizeof *seen);
-        if (!seen)
-            return status_fail(STATUS_NO_MEMORY, "no memory for %d nodes", n_nodes);
-        for (int r = 0; r < like->n_ranks; r++) {
-            in->topology.node_of_rank[r] = like->node_of_rank[r];
-            in->topology.local_index[r] = seen[like->node_of_rank[r]]++;
-        }
-        free(seen);
+        TRY(topology_set_nodes(&in->topology, (const uint32_t *)like->node_of_rank));
     } else {
         return status_fail(STATUS_USAGE, "--topology is missing (or --ranks, for ranks that are all alike)");
     }

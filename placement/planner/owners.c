@@ -274,26 +274,6 @@ status owners_by_likeness(const problem *p, uint64_t stream, uint16_t *out)
 
 /* ---- under a plan ---- */
 
-/* The rank that would compute an expert's row for each possible owner: its own copy, one on its node, the home. */
-static void nearest_copies(const problem *p, const plan *made, int l, int *nearest)
-{
-    const int *node = p->topology->node_of_rank;
-    for (int e = 0; e < p->n_experts; e++) {
-        int n = plan_n_copies(made, l, e);
-        const int *ranks = plan_copies(made, l, e);
-        for (int r = 0; r < p->n_ranks; r++) {
-            int best = ranks[0];
-            for (int c = n - 1; c >= 0; c--)
-                if (node[ranks[c]] == node[r])
-                    best = ranks[c];
-            for (int c = 0; c < n; c++)
-                if (ranks[c] == r)
-                    best = r;
-            nearest[e * p->n_ranks + r] = best;
-        }
-    }
-}
-
 typedef struct {
     const problem *p;
     const plan *made;
@@ -313,7 +293,9 @@ static status price_layer(void *arg, int l)
         return status_fail(STATUS_NO_MEMORY, "no memory to price owners");
     }
     memset(seen, 0, (size_t)p->n_ranks * sizeof *seen);
-    nearest_copies(p, k->made, l, nearest);
+    for (int e = 0; e < p->n_experts; e++)
+        for (int r = 0; r < p->n_ranks; r++)
+            nearest[e * p->n_ranks + r] = plan_nearest(k->made, p->topology->node_of_rank, l, e, r);
     for (int s = 0; s < t->n_sequences; s++)
         for (int64_t token = t->first_token[s]; token < t->first_token[s + 1]; token++)
             for (int r = 0; r < p->n_ranks; r++) {

@@ -1,4 +1,5 @@
 #include "placement/planner/score_print.h"
+#include "placement/planner/svg_chart.h"
 
 #include <errno.h>
 #include <math.h>
@@ -209,8 +210,7 @@ enum { PICTURE_WIDTH = 900, BAR_LEFT = 220, BAR_WIDTH = 560, BAR_HEIGHT = 22, BA
 static void draw_text(FILE *f, double x, double y, const char *anchor, const char *text)
 {
     fprintf(f, "<text x=\"%.1f\" y=\"%.1f\" text-anchor=\"%s\">", x, y, anchor);
-    for (const char *c = text; *c; c++)
-        fputs(*c == '<' ? "&lt;" : *c == '&' ? "&amp;" : *c == '>' ? "&gt;" : (char[]){*c, '\0'}, f);
+    svg_text(f, text);
     fputs("</text>\n", f);
 }
 

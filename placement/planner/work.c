@@ -1,6 +1,7 @@
 /* Counted work, random numbers that depend on nothing but their key, and loops over layers on several threads. */
 #include "placement/planner/problem.h"
 #include "proto/clock.h"
+#include "proto/hash.h"
 
 #include <limits.h>
 #include <pthread.h>
@@ -33,25 +34,17 @@ bool work_take(work_budget *w, int64_t units)
     return true;
 }
 
-/* ---- random numbers: splitmix64's finaliser over key and counter (Steele, Lea, Flood: Fast Splittable Pseudorandom Number
- * Generators, 2014) ---- */
-
-static uint64_t mix(uint64_t x)
-{
-    x = (x ^ (x >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
-    x = (x ^ (x >> 27)) * UINT64_C(0x94d049bb133111eb);
-    return x ^ (x >> 31);
-}
+/* ---- random numbers ---- */
 
 random_stream random_open(const problem *p, uint64_t stream)
 {
-    uint64_t key = mix(p->request->random_seed + UINT64_C(0x9e3779b97f4a7c15));
-    return (random_stream){.key = mix(mix(key ^ p->fingerprint) + stream)};
+    uint64_t key = hash_mix(p->request->random_seed + UINT64_C(0x9e3779b97f4a7c15));
+    return (random_stream){.key = hash_mix(hash_mix(key ^ p->fingerprint) + stream)};
 }
 
 uint64_t random_next(random_stream *r)
 {
-    return mix(r->key + ++r->counter * UINT64_C(0x9e3779b97f4a7c15));
+    return hash_mix(r->key + ++r->counter * UINT64_C(0x9e3779b97f4a7c15));
 }
 
 int random_below(random_stream *r, int n)
