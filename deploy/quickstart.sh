@@ -9,8 +9,8 @@ deploy/install-packages.sh build
 mkdir -p build
 build_log=build/quickstart.log
 [ -f build/build.ninja ] || cmake -S . -B build -G Ninja -DBUILD_TESTING=OFF >"$build_log" 2>&1 || { tail -n 20 "$build_log" >&2; exit 1; }
-echo "build: build/convoke, build/convoke-worker, build/convoke-score"
-cmake --build build --target convoke convoke-worker convoke-score >"$build_log" 2>&1 || { tail -n 40 "$build_log" >&2; exit 1; }
+echo "build: build/convoke, build/convoke-worker, build/convoke-score, build/convoke-plan, build/convoke-probe"
+cmake --build build --target convoke convoke-worker convoke-score convoke-plan convoke-probe >"$build_log" 2>&1 || { tail -n 40 "$build_log" >&2; exit 1; }
 
 serve="build/convoke serve --model $model --ranks $ranks"
 echo "serve: $serve"
