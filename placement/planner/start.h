@@ -7,6 +7,10 @@
 /* Experts per rank and layer as equal as the slots allow, lower ranks first: sizes [n_ranks], summing to n_experts. Where all
  * slots suffice they are plan_contiguous()'s block sizes. Fails when the layer's slots do not hold every expert. */
 status start_sizes(const problem *p, int layer, int *sizes);
+/* Blocks of these sizes in the experts' order, in every layer: home [n_layers][n_experts]. */
+status start_blocks(const problem *p, int *home);
+/* The measure of solvers that minimise nothing: 0, so no seed is better or worse. */
+status start_measure_nothing(const problem *p, const plan *made, double *out);
 /* LPT and exchanges in every layer: home [n_layers][n_experts]. Keeps caps wherever LPT finds how. */
 status start_lpt(const problem *p, int *home);
 /* The homes of the request's seed, if there is one that keeps room, slack and has no replicas; else false. */
